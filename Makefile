@@ -1,0 +1,67 @@
+# Ravine. `make serve` and `make test` set up everything that they need in .venv; python3 (3.11 or newer) and make are enough.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+UV     ?= uv
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+
+.PHONY: help serve check test soak demo bench oracles lock clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+$(VENV)/.made:
+	@echo "setting up $(VENV) …"
+	@$(PYTHON) -c 'import sys; sys.exit("Ravine needs Python 3.11 or newer") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.made requirements.lock
+	@echo "installing what the service needs …"
+	@$(PIP) --require-hashes -r requirements.lock
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.serve requirements-test.lock pyproject.toml
+	@echo "installing what the tests need …"
+	@$(PIP) --require-hashes -r requirements-test.lock
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.serve requirements-demo.lock
+	@echo "installing what the demo needs …"
+	@$(PIP) --require-hashes -r requirements-demo.lock
+	@touch $@
+
+serve: $(VENV)/.serve  ## run the service on the embedded store; ARGS="--port 9000" adds options
+	@exec $(BIN)/python -m service serve $(ARGS)
+
+check: $(VENV)/.test  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/.test  ## the tests; ARGS="-k name" passes options on
+	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+
+soak: $(VENV)/.test  ## 200 kills at random moments
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+demo: $(VENV)/.demo  ## train digits with four optimizers over HTTP; writes two pictures
+	$(BIN)/python examples/digits.py $(ARGS)
+
+bench: $(VENV)/.test  ## the benchmarks; writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks $(ARGS)
+
+oracles: $(VENV)/.test  ## make the golden values anew (needs torch, optax and scipy: gigabytes)
+	@$(PIP) 'torch==2.13.0' && $(PIP) --group oracles
+	$(BIN)/python tests/core/golden/make_golden.py
+
+lock:  ## resolve the dependencies anew (needs uv)
+	$(COMPILE) --extra jit pyproject.toml -o requirements.lock
+	$(COMPILE) --extra jit --group test -c requirements.lock pyproject.toml -o requirements-test.lock
+	$(COMPILE) --group demo -c requirements.lock -o requirements-demo.lock
+
+clean:  ## remove what was set up (the data of the service stay)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
