@@ -1,0 +1,99 @@
+"""Averages over the parameters of the steps so far: what `at=final` hands out.
+
+Both are closed forms of their array `average` and the step, so that nothing else needs to be kept.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+from annotated_types import Ge
+
+from core.evaluate import BLOCK
+from core.layout import Array
+from core.optimizers.rule import Decay, check_bounds
+
+KINDS: dict[str, type["Averaging"]] = {}
+
+
+class Averaging:
+    """`average` is (n,) in the session's dtype; p the parameters after step t."""
+
+    kind: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+    url: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        KINDS[cls.kind] = cls
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    def include(self, average: Array, p: Array, t: int) -> None:
+        """Takes the parameters after step t = 1, 2, … into `average`, in place."""
+        old, new = self.weights(t)
+        old, new = p.dtype.type(old), p.dtype.type(new)
+        with np.errstate(all="ignore"):
+            for start in range(0, len(p), BLOCK):
+                block = slice(start, start + BLOCK)
+                average[block] = old * average[block] + new * p[block]
+
+    def weights(self, t: int) -> tuple[float, float]:
+        """What the average and the parameters of step t are multiplied by."""
+        raise NotImplementedError
+
+    def result(self, average: Array, p: Array, t: int) -> Array:
+        """The averaged parameters after t steps; p itself before anything has been averaged."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Ema(Averaging):
+    """Exponentially weighted average.
+
+    `start`: "zero" begins at 0 and, with `debias`, divides by 1 - decayᵗ; "first" begins at the first value
+    and has nothing to correct.
+    """
+
+    kind: ClassVar[str] = "ema"
+    formula: ClassVar[str] = r"v \leftarrow \beta v + (1-\beta)\,\theta_t;\qquad \hat v = v / (1-\beta^t)"
+    source: ClassVar[str] = "Polyak & Juditsky 1992; Kingma & Ba 2014 (the correction)"
+    url: ClassVar[str] = "https://doi.org/10.1137/0330046"
+
+    decay: Decay = 0.999
+    debias: bool = True
+    start: Literal["zero", "first"] = "zero"
+
+    def weights(self, t: int) -> tuple[float, float]:
+        if self.start == "first" and t == 1:
+            return 0.0, 1.0
+        return self.decay, 1.0 - self.decay
+
+    def result(self, average: Array, p: Array, t: int) -> Array:
+        if t == 0:
+            return p
+        if self.debias and self.start == "zero":
+            corrected: Array = average / p.dtype.type(1.0 - self.decay**t)
+            return corrected
+        return average
+
+
+@dataclass(frozen=True)
+class Polyak(Averaging):
+    """The plain mean of the parameters after step `start` and all later ones."""
+
+    kind: ClassVar[str] = "polyak"
+    formula: ClassVar[str] = r"\bar\theta_t = \frac{1}{t-t_0+1}\sum_{i=t_0}^{t}\theta_i"
+    source: ClassVar[str] = "Polyak & Juditsky 1992, Acceleration of Stochastic Approximation by Averaging"
+    url: ClassVar[str] = "https://doi.org/10.1137/0330046"
+
+    start: Annotated[int, Ge(0)] = 0
+
+    def weights(self, t: int) -> tuple[float, float]:
+        count = t - max(self.start, 1) + 1
+        return (1.0, 0.0) if count < 1 else ((count - 1) / count, 1.0 / count)
+
+    def result(self, average: Array, p: Array, t: int) -> Array:
+        return p if t < max(self.start, 1) else average

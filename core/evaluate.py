@@ -1,0 +1,150 @@
+"""Runs an element-wise rule over flat arrays: NumPy by blocks, or the same function compiled.
+
+NumPy on cache-sized blocks needs 50-65 ms for an Adam step of 10 M float32 on one core; the rule compiled
+into one fused loop, 13 ms. Both give the same bits: every operation is an IEEE one in the session's
+dtype, done in the same order. That rests on three things, which the tests hold:
+
+- coefficients enter as scalars of the session's dtype, so that no product is done in float64;
+- the compiled loop has no fastmath, so that nothing is reordered or contracted;
+- its index is unsigned: a signed one costs the check for negative indices and with it the vector code.
+
+Compiling takes about two seconds. `run` never waits for it: it asks for a kernel by `on_missing`, goes on in
+NumPy, and takes the kernel once `compile` has put it there. Numba is optional.
+"""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from core.layout import Array
+from core.optimizers.rule import Formula
+
+BLOCK = 16_384
+# Below this a compiled loop saves microseconds and is not worth two seconds of a core.
+WORTH_COMPILING = 16_384
+
+
+class Spec(NamedTuple):
+    """What a kernel is compiled for."""
+
+    update: Formula
+    needs_params: bool
+    slots: int
+    coefficients: int
+    dtype: str
+    add: bool  # out = p + u, or out = u
+
+
+class Run(NamedTuple):
+    """One stretch of flat arrays: all are (n,), contiguous, of one dtype; `out` may be `params` itself."""
+
+    g: Array
+    params: Array | None
+    slots: Sequence[Array]  # changed in place
+    out: Array
+
+
+class Evaluator:
+    """Holds the compiled kernels of a process.
+
+    `on_missing(spec)` is called, once for each, when a kernel would have been of use; the caller arranges for
+    `compile(spec)` to run in some other thread. Without Numba, or without `on_missing`, NumPy does it all.
+    """
+
+    def __init__(self, on_missing: Callable[[Spec], None] | None = None) -> None:
+        self.available = importlib.util.find_spec("numba") is not None
+        self._on_missing = on_missing
+        self._kernels: dict[Spec, Callable[..., None]] = {}
+        self._asked: set[Spec] = set()
+
+    def run(self, update: Formula, run: Run, coefficients: Sequence[float], *, needs_params: bool, add: bool) -> None:
+        """Takes one step over `run`: slots change in place, `out` becomes u, or params + u if `add`.
+
+        Coefficients are float64 and are rounded to the dtype of `run.g` here.
+        """
+        scalars = [run.g.dtype.type(value) for value in coefficients]
+        spec = Spec(update, needs_params, len(run.slots), len(scalars), run.g.dtype.name, add)
+        kernel = self._kernels.get(spec)
+        if kernel is None:
+            self._ask(spec, len(run.g))
+            _run_blocks(update, run, scalars, needs_params=needs_params, add=add)
+        else:
+            params = run.g if run.params is None else run.params
+            kernel(run.g, params, *run.slots, run.out, *scalars)
+
+    def _ask(self, spec: Spec, size: int) -> None:
+        if not self.available or self._on_missing is None or size < WORTH_COMPILING or spec in self._asked:
+            return
+        self._asked.add(spec)
+        self._on_missing(spec)
+
+    def compile(self, spec: Spec) -> None:
+        """Compiles the kernel for `spec`, about 2 s, and puts it in use. May run in any thread."""
+        if spec not in self._kernels:
+            self._kernels[spec] = _compiled(spec)
+
+
+def _run_blocks(update: Formula, run: Run, scalars: Sequence[Any], *, needs_params: bool, add: bool) -> None:
+    with np.errstate(all="ignore"):
+        for start in range(0, len(run.g), BLOCK):
+            block = slice(start, start + BLOCK)
+            params = (run.params[block],) if needs_params and run.params is not None else ()
+            u, *slots = update(run.g[block], *params, *[slot[block] for slot in run.slots], *scalars)
+            for slot, value in zip(run.slots, slots, strict=True):
+                slot[block] = value
+            if add and run.params is not None:
+                np.add(run.params[block], u, out=run.out[block])
+            else:
+                run.out[block] = u
+
+
+def _compiled(spec: Spec) -> Callable[..., None]:
+    import numba
+
+    slots = [f"s{i}" for i in range(spec.slots)]
+    scalars = [f"c{i}" for i in range(spec.coefficients)]
+    elements = ["g[i]", *(["p[i]"] if spec.needs_params else []), *[f"{slot}[i]" for slot in slots], *scalars]
+    results = ["u", *[f"{slot}_" for slot in slots]]
+    lines = [
+        f"def kernel({', '.join(['g', 'p', *slots, 'out', *scalars])}):",
+        "    for i in range(uintp(g.size)):",
+        f"        {', '.join(results)}{',' if not slots else ''} = update({', '.join(elements)})",
+        *[f"        {slot}[i] = {slot}_" for slot in slots],
+        f"        out[i] = {'p[i] + u' if spec.add else 'u'}",
+    ]
+    namespace: dict[str, Any] = {
+        "update": numba.njit(inline="always", error_model="numpy")(spec.update),
+        "uintp": numba.uintp,
+    }
+    exec("\n".join(lines), namespace)
+    kernel = numba.njit(nogil=True, error_model="numpy")(namespace["kernel"])
+    array, scalar = numba.types.Array(getattr(numba, spec.dtype), 1, "C"), getattr(numba, spec.dtype)
+    kernel.compile((array,) * (3 + spec.slots) + (scalar,) * spec.coefficients)
+    kernel.disable_compile()
+    compiled: Callable[..., None] = kernel
+    return compiled
+
+
+def run_ahead(formula: Formula, params: Array, slots: Sequence[Array], coefficients: Sequence[float]) -> Array:
+    """The point (n,) at which the next gradient is to be taken: formula(p, *slots, *coefficients)."""
+    scalars = [params.dtype.type(value) for value in coefficients]
+    with np.errstate(all="ignore"):
+        point: Array = formula(params, *slots, *scalars)
+    return point
+
+
+def norm(arrays: Sequence[Array]) -> float:
+    """The L2 norm over all `arrays`, NaN or infinite where an element is.
+
+    Summed in float64, block by block in one fixed order, so that it has the same bits everywhere (a BLAS
+    dot product has not).
+    """
+    total = 0.0
+    with np.errstate(all="ignore"):
+        for array in arrays:
+            for start in range(0, array.size, BLOCK):
+                block = array[start : start + BLOCK].astype(np.float64)
+                total += float(np.add.reduce(block * block))
+        return float(np.sqrt(total))
