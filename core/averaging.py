@@ -33,15 +33,19 @@ class Averaging:
 
     def include(self, average: Array, p: Array, t: int) -> None:
         """Takes the parameters after step t = 1, 2, … into `average`, in place."""
-        old, new = self.weights(t)
-        old, new = p.dtype.type(old), p.dtype.type(new)
+        weight = self.weight(t)
+        if not weight:
+            return
+        share = p.dtype.type(weight)
         with np.errstate(all="ignore"):
             for start in range(0, len(p), BLOCK):
                 block = slice(start, start + BLOCK)
-                average[block] = old * average[block] + new * p[block]
+                # Not decay · average + share · p: in float32 the two do not add up to 1, and with a decay of
+                # 0.9999 the average of a constant would end 1.7e-4 beside it.
+                average[block] += share * (p[block] - average[block])
 
-    def weights(self, t: int) -> tuple[float, float]:
-        """What the average and the parameters of step t are multiplied by."""
+    def weight(self, t: int) -> float:
+        """The share of the parameters of step t in the average; the average before it has the rest."""
         raise NotImplementedError
 
     def result(self, average: Array, p: Array, t: int) -> Array:
@@ -66,10 +70,8 @@ class Ema(Averaging):
     debias: bool = True
     start: Literal["zero", "first"] = "zero"
 
-    def weights(self, t: int) -> tuple[float, float]:
-        if self.start == "first" and t == 1:
-            return 0.0, 1.0
-        return self.decay, 1.0 - self.decay
+    def weight(self, t: int) -> float:
+        return 1.0 if self.start == "first" and t == 1 else 1.0 - self.decay
 
     def result(self, average: Array, p: Array, t: int) -> Array:
         if t == 0:
@@ -91,9 +93,9 @@ class Polyak(Averaging):
 
     start: Annotated[int, Ge(0)] = 0
 
-    def weights(self, t: int) -> tuple[float, float]:
+    def weight(self, t: int) -> float:
         count = t - max(self.start, 1) + 1
-        return (1.0, 0.0) if count < 1 else ((count - 1) / count, 1.0 / count)
+        return 0.0 if count < 1 else 1.0 / count
 
     def result(self, average: Array, p: Array, t: int) -> Array:
         return p if t < max(self.start, 1) else average

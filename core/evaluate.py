@@ -64,7 +64,8 @@ class Evaluator:
 
         Coefficients are float64 and are rounded to the dtype of `run.g` here.
         """
-        scalars = [run.g.dtype.type(value) for value in coefficients]
+        with np.errstate(over="ignore"):
+            scalars = [run.g.dtype.type(value) for value in coefficients]
         spec = Spec(update, needs_params, len(run.slots), len(scalars), run.g.dtype.name, add)
         kernel = self._kernels.get(spec)
         if kernel is None:
@@ -120,8 +121,10 @@ def _compiled(spec: Spec) -> Callable[..., None]:
     }
     exec("\n".join(lines), namespace)
     kernel = numba.njit(nogil=True, error_model="numpy")(namespace["kernel"])
-    array, scalar = numba.types.Array(getattr(numba, spec.dtype), 1, "C"), getattr(numba, spec.dtype)
-    kernel.compile((array,) * (3 + spec.slots) + (scalar,) * spec.coefficients)
+    scalar = getattr(numba, spec.dtype)
+    # Gradients may be views of a request's bytes, which cannot be written. A writable array passes as such a one too.
+    seen, changed = numba.types.Array(scalar, 1, "C", readonly=True), numba.types.Array(scalar, 1, "C")
+    kernel.compile((seen, seen) + (changed,) * (1 + spec.slots) + (scalar,) * spec.coefficients)
     kernel.disable_compile()
     compiled: Callable[..., None] = kernel
     return compiled
@@ -129,8 +132,8 @@ def _compiled(spec: Spec) -> Callable[..., None]:
 
 def run_ahead(formula: Formula, params: Array, slots: Sequence[Array], coefficients: Sequence[float]) -> Array:
     """The point (n,) at which the next gradient is to be taken: formula(p, *slots, *coefficients)."""
-    scalars = [params.dtype.type(value) for value in coefficients]
     with np.errstate(all="ignore"):
+        scalars = [params.dtype.type(value) for value in coefficients]
         point: Array = formula(params, *slots, *scalars)
     return point
 
@@ -145,6 +148,6 @@ def norm(arrays: Sequence[Array]) -> float:
     with np.errstate(all="ignore"):
         for array in arrays:
             for start in range(0, array.size, BLOCK):
-                block = array[start : start + BLOCK].astype(np.float64)
+                block = array[start : start + BLOCK].astype(np.float64, copy=False)
                 total += float(np.add.reduce(block * block))
         return float(np.sqrt(total))

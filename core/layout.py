@@ -130,6 +130,8 @@ def check_rows(slot: Slot, rows: Rows) -> None:
         raise RowsMismatch(slot.name, f"tensor {slot.name!r} is a number and has no rows")
     if rows.indices.ndim != 1:
         raise RowsMismatch(slot.name, f"the indices of {slot.name!r} must be one flat list of row numbers")
+    if rows.indices.dtype.kind not in "iu":
+        raise RowsMismatch(slot.name, f"the indices of {slot.name!r} must be integers, not {rows.indices.dtype}")
     expected = (len(rows.indices), *slot.shape[1:])
     if rows.values.shape != expected:
         raise ShapeMismatch(slot.name, expected, rows.values.shape)

@@ -37,12 +37,17 @@ class Schedule:
         raise NotImplementedError
 
 
-def _power(base: float, exponent: float) -> float:
-    """base ** exponent, infinite where a float would overflow."""
+def _geometric(init: float, factor: float, exponent: float) -> float:
+    """init · factor ** exponent, infinite where a float would overflow."""
     try:
-        return float(base**exponent)
+        return init * float(factor**exponent)
     except OverflowError:
-        return math.inf
+        return math.copysign(math.inf, init) if init else init
+
+
+def _between(a: float, value: float, b: float) -> float:
+    """`value`, which rounding may have put outside of a and b: a bound such as beta < 1 is then broken."""
+    return min(max(value, min(a, b)), max(a, b))
 
 
 def _geometric_span(init: float, factor: float) -> tuple[float, float]:
@@ -90,7 +95,8 @@ class Linear(Schedule):
 
     def at(self, t: int) -> float:
         share = min((t - 1) / self.steps, 1.0)
-        return self.end if share == 1.0 else self.init + (self.end - self.init) * share
+        value = self.init + (self.end - self.init) * share
+        return self.end if share == 1.0 else _between(self.init, value, self.end)
 
     def span(self) -> tuple[float, float]:
         return min(self.init, self.end), max(self.init, self.end)
@@ -112,7 +118,7 @@ class Exponential(Schedule):
 
     def at(self, t: int) -> float:
         s = t - 1
-        return self.init * _power(self.rate, s // self.steps if self.staircase else s / self.steps)
+        return _geometric(self.init, self.rate, s // self.steps if self.staircase else s / self.steps)
 
     def span(self) -> tuple[float, float]:
         return _geometric_span(self.init, self.rate)
@@ -155,7 +161,7 @@ class Step(Schedule):
     factor: Factor = 0.1
 
     def at(self, t: int) -> float:
-        return self.init * _power(self.factor, (t - 1) // self.steps)
+        return _geometric(self.init, self.factor, (t - 1) // self.steps)
 
     def span(self) -> tuple[float, float]:
         return _geometric_span(self.init, self.factor)
@@ -184,7 +190,8 @@ class Cosine(Schedule):
         if s >= self.steps:
             return self.floor
         half = 0.5 + 0.5 * math.cos(math.pi * s / self.steps)
-        return self.floor + (self.init - self.floor) * math.pow(half, self.exponent)
+        value = self.floor + (self.init - self.floor) * math.pow(half, self.exponent)
+        return _between(self.init, value, self.floor)
 
     def span(self) -> tuple[float, float]:
         return min(self.init, self.floor), max(self.init, self.floor)

@@ -92,7 +92,14 @@ class Gradient:
     norm: float
 
 
-Checked: TypeAlias = Gradient | NewParams | NewRecipe
+@dataclass(slots=True)
+class FlatParams:
+    """New parameters that were checked: one flat array (n,) of their own."""
+
+    params: Array
+
+
+Checked: TypeAlias = Gradient | FlatParams | NewRecipe
 
 
 @dataclass(slots=True)
@@ -109,7 +116,7 @@ class Session:
     def __init__(self, recipe: Recipe, state: State, evaluator: Evaluator) -> None:
         self.recipe = recipe
         self.state = state
-        self._evaluator = evaluator
+        self.evaluator = evaluator
 
     @classmethod
     def new(cls, recipe: Recipe, params: Mapping[str, Array] | None, evaluator: Evaluator) -> "Session":
@@ -131,8 +138,7 @@ class Session:
             case NewParams():
                 if self.state.params is None and self.state.step > 0:
                     raise ParamsNotHeld(PARAMS_AT_STEP_ZERO)
-                flat = flatten(self.recipe, entry.params, "value")
-                return NewParams(self.layout.views(flat))
+                return FlatParams(flatten(self.recipe, entry.params, "value"))
             case NewRecipe():
                 return self._check_recipe(entry)
 
@@ -212,8 +218,8 @@ class Session:
         match checked:
             case Gradient():
                 return self._step(checked, want_updates=want_updates, fresh=fresh)
-            case NewParams():
-                state.params = flatten(self.recipe, checked.params, "value")
+            case FlatParams():
+                state.params = checked.params
             case NewRecipe():
                 self.recipe = checked.recipe
                 initial = _initial(self.recipe, keep=state.slots)
@@ -227,7 +233,7 @@ class Session:
         if held is None or want_updates:
             out = np.empty(self.layout.size, self.recipe.numpy_dtype)
             if not moving:
-                out.fill(0)
+                out.fill(-0.0)  # what can be added to a parameter without changing a bit; 0.0 would turn -0.0
         else:
             out = np.empty_like(held) if fresh else held
             if fresh and not moving:
@@ -279,7 +285,7 @@ class Session:
 
     def _evaluate(self, rule: ElementWise, coefficients: Sequence[float], run: Run, *, add: bool) -> None:
         needs_params = "params" in rule.needs
-        self._evaluator.run(rule.update, run, coefficients, needs_params=needs_params, add=add)
+        self.evaluator.run(rule.update, run, coefficients, needs_params=needs_params, add=add)
 
     def _apply_rows(
         self, rule: ElementWise, coefficients: Sequence[float], slot: Slot, rows: Rows, run: Run, *, add: bool
@@ -289,8 +295,10 @@ class Session:
             whole[rows.indices] = rows.values
             self._evaluate(rule, coefficients, run._replace(g=whole.reshape(-1)), add=add)
             return
+        if not rows.values.size:
+            return
         # Gathered, stepped and scattered back, so that the work is that of the rows named.
-        table = (slot.shape[0], -1) if slot.stop > slot.start else slot.shape
+        table = (slot.shape[0], -1)
         picked = [array.reshape(table)[rows.indices] for array in run.slots]
         params = None if run.params is None else run.params.reshape(table)[rows.indices].reshape(-1)
         out = np.empty(rows.values.size, rows.values.dtype)
@@ -390,9 +398,15 @@ def flatten(recipe: Recipe, tensors: Mapping[str, Array], what: str) -> Array:
 
 def _initial(recipe: Recipe, keep: Mapping[str, Array] | None = None) -> dict[str, Array]:
     """Every slot as it is before the first step; those of `keep` as they are."""
-    kept = {} if keep is None else keep
-    size, dtype = recipe.layout.size, recipe.numpy_dtype
-    return {name: kept[name] if name in kept else np.full(size, value, dtype) for name, value in recipe.slots.items()}
+    found = {} if keep is None else dict(keep)
+    for name, value in recipe.slots.items():
+        if name not in found:
+            found[name] = np.full(recipe.layout.size, value, recipe.numpy_dtype)
+            for slot, choice in recipe.live():
+                variant = recipe.variants[choice]
+                if name in variant.slots:
+                    found[name][slot.start : slot.stop] = variant.initial(name)
+    return found
 
 
 def _initial_matrices(recipe: Recipe) -> dict[str, Array]:

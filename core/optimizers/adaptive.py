@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from core.errors import InvalidRecipe
 from core.layout import Array
-from core.optimizers.rule import Decay, Dense, ElementWise, Formula, NonNegative, Rate
+from core.optimizers.rule import Decay, Dense, ElementWise, Formula, NonNegative, Rate, schedules_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,10 @@ class Adagrad(ElementWise, Dense):
     eps_inside: bool = False
     matrix: Literal["diagonal", "full"] = "diagonal"
 
+    def check(self) -> None:
+        if "initial_accumulator" in schedules_of(self):
+            raise InvalidRecipe("/initial_accumulator", "it is used before the first step alone: no schedule")
+
     @property
     def dense(self) -> bool:
         return self.matrix == "full"
@@ -64,13 +69,17 @@ class Adagrad(ElementWise, Dense):
         return self.lr / (1.0 + (t - 1) * self.lr_decay)
 
     def step(self, g: Array, matrices: Mapping[str, Array], hessian: Array | None, lr: Array) -> Array:
+        # Where the sum is beyond the dtype it stops at its end: an infinity has no eigenvectors.
+        end = np.finfo(matrices["G"].dtype).max
         total = matrices["G"].astype(np.float64) + np.outer(g, g)
-        matrices["G"][...] = total
+        matrices["G"][...] = np.clip(total, -end, end)
         values, vectors = np.linalg.eigh(matrices["G"].astype(np.float64))
-        # Directions that no gradient has had yet have the eigenvalue 0, or a rounding error below it.
-        roots = np.sqrt(np.maximum(values, 0.0) + self.eps)
+        # Directions that no gradient has had yet have the eigenvalue 0, or a rounding error beside it. What g has
+        # along them is rounding error too, and must not be divided by the root of one.
+        error = len(g) * np.finfo(matrices["G"].dtype).eps * values.max(initial=0.0)
+        squares = np.maximum(values, 0.0) + self.eps
         along = vectors.T @ g
-        scaled = np.divide(along, roots, out=np.zeros_like(along), where=roots > 0)
+        scaled = np.divide(along, np.sqrt(squares), out=np.zeros_like(along), where=squares > error)
         update: Array = -lr * (vectors @ scaled)
         return update
 
@@ -89,7 +98,8 @@ def epsilons(eps: float, inside: bool) -> tuple[float, float]:
 class RmsProp(ElementWise):
     """A running mean of squared gradients; `centered` takes the variance instead; with a velocity if asked.
 
-    `eps_inside` puts epsilon under the root; `lr_in_velocity` the rate inside the velocity.
+    `eps_inside` puts epsilon under the root; `lr_in_velocity` the rate inside the velocity. Rounding may make
+    the variance negative (a steady gradient has none); its magnitude is taken, since a root of it would be NaN.
     """
 
     kind: ClassVar[str] = "rmsprop"
@@ -143,7 +153,7 @@ def rmsprop_centered(
 ) -> tuple[Array, ...]:  # fmt: skip
     s = alpha * s + rest * g * g
     mean = alpha * mean + rest * g
-    return -lr * (to_v * g / (np.sqrt(s - mean * mean + inside) + outside)), s, mean
+    return -lr * (to_v * g / (np.sqrt(np.abs(s - mean * mean) + inside) + outside)), s, mean
 
 
 def rmsprop_velocity(
@@ -161,5 +171,5 @@ def rmsprop_centered_velocity(
 ) -> tuple[Array, ...]:  # fmt: skip
     s = alpha * s + rest * g * g
     mean = alpha * mean + rest * g
-    v = mu * v + to_v * g / (np.sqrt(s - mean * mean + inside) + outside)
+    v = mu * v + to_v * g / (np.sqrt(np.abs(s - mean * mean) + inside) + outside)
     return -lr * v, s, mean, v

@@ -18,7 +18,8 @@ A method that needs matrices (`Dense`) works in float64 on the whole vector of l
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from copy import copy
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Self, TypeAlias, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -63,7 +64,12 @@ class Optimizer:
     def at(self, t: int) -> Self:
         """This optimizer with the schedules' values at step t = 1, 2, … in their places."""
         values = {name: schedule.at(t) for name, schedule in schedules_of(self).items()}
-        return replace(self, **values) if values else self
+        if not values:
+            return self
+        # Not by `replace`: what was checked when the recipe was made must not be refused in the middle of a step.
+        resolved = copy(self)
+        vars(resolved).update(values)
+        return resolved
 
     def rate(self, t: int) -> float:
         """The learning rate of step t, schedules resolved."""
@@ -151,11 +157,10 @@ def check_bounds(settings: Any) -> None:
     """Raises InvalidRecipe where a number, or what a schedule runs through, is out of its bounds."""
     for name, bounds in numeric_fields(type(settings)).items():
         value = getattr(settings, name)
-        if isinstance(value, Schedule):
-            check_bounds(value)
-            ends = value.span()
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise InvalidRecipe(f"/{name}", f"{value!r} is not a finite number")
+        if isinstance(value, Schedule) and isinstance(settings, Optimizer):
+            ends = _checked_span(name, value)
+        elif not _is_finite_number(value):
+            raise InvalidRecipe(f"/{name}", "it must be a finite number")
         else:
             ends = (value, value)
         for bound in bounds:
@@ -163,6 +168,23 @@ def check_bounds(settings: Any) -> None:
                 complaint = _violates(end, bound)
                 if complaint:
                     raise InvalidRecipe(f"/{name}", f"{complaint}, but it reaches {end:g}")
+
+
+def _checked_span(name: str, schedule: Schedule) -> tuple[float, float]:
+    try:
+        check_bounds(schedule)
+    except InvalidRecipe as error:
+        raise InvalidRecipe(f"/{name}{error.pointer}", error.reason) from None
+    return schedule.span()
+
+
+def _is_finite_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
 
 
 def _violates(value: float, bound: object) -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from core.errors import HessianRequired, InvalidRecipe
 from core.layout import Array
-from core.optimizers.rule import Dense, NonNegative, Rate
+from core.optimizers.rule import Dense, NonNegative, Rate, schedules_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class Newton(Dense):
     negative_curvature: Literal["gradient", "absolute", "damp"] = "gradient"
 
     def check(self) -> None:
-        if self.negative_curvature == "damp" and self.damping == 0:
+        damping = schedules_of(self).get("damping")
+        lowest = self.damping if damping is None else min(damping.span())
+        if self.negative_curvature == "damp" and lowest == 0:
             raise InvalidRecipe("/damping", "negative_curvature 'damp' needs a damping greater than 0")
 
     @property
@@ -45,7 +47,7 @@ class Newton(Dense):
     def step(self, g: Array, matrices: Mapping[str, Array], hessian: Array | None, lr: Array) -> Array:
         if hessian is None:
             raise HessianRequired
-        curvatures, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
+        curvatures, vectors = np.linalg.eigh(hessian / 2 + hessian.T / 2)
         along = vectors.T @ g
         flat = len(g) * np.finfo(np.float64).eps * np.abs(curvatures).max(initial=0.0)
         if self.negative_curvature == "damp":

@@ -1,0 +1,161 @@
+"""Imports point one way; the table below says which. A module that is not in it fails: give it a place first.
+
+`core` knows nothing of ours. `service` is layered: bytes and arrays, then the store, then the live sessions, then what
+a client sees, in two planes that meet in `app` alone.
+"""
+
+import ast
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*(ROOT / "core").rglob("*.py"), *(ROOT / "service").rglob("*.py")])
+
+CORE_PACKAGES = {"numpy", "annotated_types", "numba"}
+
+CORE = {"core", "core.*"}
+WIRE = {"service.wire", "service.wire.*"}
+# What both planes have of HTTP and its documents.
+HTTP = {"service.http", "service.problems"}
+# The document that describes all calls, and the pages that show it.
+REFERENCE = {"service.catalogue", "service.examples", "service.operations", "service.openapi", "service.reference"}
+
+# module -> what of ours it may import. Patterns match whole names; the longest that matches a module is its line.
+LAYERS: dict[str, set[str]] = {
+    "core": set(),
+    "core.*": CORE,
+    # What stands alone
+    "service": set(),
+    "service.errors": CORE,
+    "service.settings": set(),
+    "service.logs": {"service.settings"},
+    "service.pages": set(),
+    "service.bell": set(),
+    "service.embedded": {"service.errors"},
+    "service.ids": {"service.errors"},
+    # Bytes, arrays, and what they mean
+    "service.wire": CORE | WIRE | {"service.errors"},
+    "service.wire.*": CORE | WIRE | {"service.errors"},
+    "service.faults": WIRE | {"service.errors"},
+    "service.kinds": CORE | {"service.errors", "service.faults"},
+    "service.documents": CORE | WIRE | {"service.errors"},
+    "service.schemas": CORE | WIRE | {"service.errors", "service.documents", "service.faults", "service.kinds"},
+    # Redis
+    "service.link": CORE | {"service.errors"},
+    "service.records": CORE | WIRE | {"service.errors", "service.link"},
+    "service.store": CORE | WIRE | {"service.errors", "service.link", "service.records"},
+    # Sessions that live: nothing of HTTP
+    "service.live": CORE | {"service.errors", "service.documents", "service.records", "service.store"},
+    "service.commits": CORE
+    | {"service.errors", "service.documents", "service.ids", "service.live", "service.records", "service.store"},
+    "service.engine": CORE
+    | WIRE
+    | {"service.errors", "service.documents", "service.ids", "service.bell"}
+    | {"service.live", "service.commits", "service.records", "service.store"},
+    # What a client sees
+    "service.problems": CORE | WIRE | {"service.errors", "service.pages"},
+    "service.http": WIRE | {"service.errors", "service.documents", "service.problems"},
+    "service.contributions": CORE | WIRE | {"service.errors", "service.http"},
+    "service.replies": CORE | WIRE | HTTP | {"service.errors", "service.documents"},
+    "service.catalogue": CORE | {"service.kinds", "service.schemas"},
+    "service.examples": CORE
+    | WIRE
+    | {"service.errors", "service.documents", "service.problems", "service.replies", "service.schemas"},
+    "service.operations": {"service.catalogue", "service.examples"},
+    "service.openapi": CORE | REFERENCE | {"service.kinds", "service.problems", "service.schemas"},
+    "service.reference": {"service.openapi", "service.pages", "service.problems"},
+    # The planes
+    "service.control": CORE
+    | WIRE
+    | HTTP
+    | REFERENCE
+    | {"service.errors", "service.documents", "service.schemas", "service.pages", "service.engine"},
+    "service.data": CORE
+    | WIRE
+    | HTTP
+    | {"service.errors", "service.documents", "service.contributions", "service.replies", "service.engine"},
+    # The one place that constructs things, and what starts it
+    "service.app": {"core", "core.*", "service.*"},
+    "service.cli": {"service", "service.app", "service.settings", "service.logs", "service.embedded", "service.errors"},
+    "service.__main__": {"service.cli"},
+}
+
+BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "managers", "manager", "dependencies", "misc"}
+MOST_LINES = 500
+
+# Not all of sys.stdlib_module_names: the core has no business with sockets, files, clocks and threads.
+STANDARD = {"collections", "copy", "dataclasses", "fnmatch", "functools", "importlib", "itertools", "math", "typing"}
+
+
+def name_of(path: Path) -> str:
+    """core/optimizers/adam.py -> core.optimizers.adam; core/optimizers/__init__.py -> core.optimizers."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of all modules imported anywhere in the file, within functions and TYPE_CHECKING too."""
+    package = name_of(path).split(".") if path.stem == "__init__" else name_of(path).split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            # `from service import store` imports service.store.
+            yield from (f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names)
+
+
+MODULES = {name_of(path) for path in SOURCES}
+
+
+def line_of(module: str) -> str | None:
+    """The most particular pattern of the table for `module`."""
+    return max((pattern for pattern in LAYERS if fnmatchcase(module, pattern)), key=len, default=None)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    module = name_of(path)
+    line = line_of(module)
+    assert line is not None, f"{module} has no place in the table of layers"
+    ours = {name for name in imports(path) if name.split(".")[0] in ("core", "service", "tests")} - {module}
+    wrong = {name for name in ours if not any(fnmatchcase(name, pattern) for pattern in LAYERS[line])}
+    assert not wrong, f"{module} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if name_of(path).startswith("core")], ids=name_of)
+def test_core_stands_on_numpy_alone(path: Path) -> None:
+    outside = {name.split(".")[0] for name in imports(path)} - {"core"} - STANDARD
+    assert outside <= CORE_PACKAGES
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_modules_have_names_and_a_size(path: Path) -> None:
+    assert not BANNED_NAMES & set(name_of(path).split("."))
+    assert len(path.read_text("utf-8").splitlines()) <= MOST_LINES
+
+
+def test_the_table_says_what_the_design_says() -> None:
+    """The planes keep apart, the engine knows nothing of HTTP, the core nothing of the service, nobody the app."""
+
+    def may(module: str, other: str) -> bool:
+        return any(fnmatchcase(other, pattern) for pattern in LAYERS[module])
+
+    assert not may("service.control", "service.data")
+    assert not may("service.data", "service.control")
+    for module in ("service.live", "service.commits", "service.engine", "service.store", "service.wire.*"):
+        for other in ("control", "data", "app", "schemas", "problems", "http", "cli"):
+            assert not may(module, f"service.{other}")
+    for module in ("service.store", "service.wire.*"):
+        assert not may(module, "service.engine")
+    assert not any(may("core.*", f"service.{name}") for name in ("errors", "wire", "store"))
+    assert {module for module in LAYERS if may(module, "service.app")} == {"service.app", "service.cli"}
+
+
+def test_every_line_of_the_table_is_of_a_module() -> None:
+    for pattern in LAYERS:
+        assert any(line_of(module) == pattern for module in MODULES), f"{pattern} is a line for nothing"
