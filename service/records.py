@@ -1,0 +1,174 @@
+"""The values that lie in the store, and their form: every one is a safetensors file.
+
+An entry of the log is a file of its tensors with the rest as text in `__metadata__`; a large one says in
+`payload` how many chunks of its own hold the tensors' file. Nothing read back is trusted: length, checksum and form
+are checked, and Corrupt is raised where they do not hold.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import xxhash
+
+from core.layout import Array
+from service.errors import Corrupt
+from service.link import Argument
+from service.wire import safetensors
+from service.wire.errors import WireError
+
+INLINE = 64 * 1024
+CHUNK = 4 * 1024 * 1024
+
+Pieces = Sequence[bytes | memoryview]
+
+
+@dataclass(slots=True)
+class LogItem:
+    """An entry to append: its commit, text, tensors, and what it does to head and history."""
+
+    commit: str
+    metadata: dict[str, str]
+    tensors: Mapping[str, Array]
+    head: dict[str, str | int | bytes] = field(default_factory=dict)
+    record: bytes | None = None
+    size: int = 0
+    staged: "Staged | None" = None
+
+
+class Staged(NamedTuple):
+    """Chunks that lie in the store under temporary names."""
+
+    token: str
+    chunks: int
+    length: int
+    checksum: str
+
+
+class LogEntry(NamedTuple):
+    """An entry as it was read back. `chunks` is how many payload chunks it has, `size` its bytes in all."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Array]
+    size: int
+    chunks: int
+
+
+@dataclass(slots=True)
+class Head:
+    """Where a session stands in the store."""
+
+    commit: str
+    step: int
+    seq: int
+    base: int
+    snap: str
+    chunks: int
+    length: int
+    checksum: str
+    document: bytes
+    held: bool
+    updated_at: str
+    skipped: int
+
+
+class Tail(NamedTuple):
+    """A head, and the entries after the one asked for; None where the log has been cut since."""
+
+    head: Head
+    entries: list[LogEntry] | None
+
+
+class Stored(NamedTuple):
+    """All of a session: the snapshot's file and the entries since."""
+
+    head: Head
+    metadata: dict[str, str]
+    tensors: dict[str, Array]
+    entries: list[LogEntry]
+
+
+def flatten(fields: Mapping[str, Argument]) -> list[Argument]:
+    return [part for pair in fields.items() for part in pair]
+
+
+def element_of(item: LogItem) -> bytes:
+    """The list element of an entry: its file, or a file that says where its payload is."""
+    if item.staged is not None:
+        reference = {"payload": f"{item.staged.chunks} {item.staged.length} {item.staged.checksum}"}
+        return b"".join(safetensors.write({}, item.metadata | reference))
+    element = b"".join(safetensors.write(item.tensors, item.metadata))
+    item.size = len(element)
+    return element
+
+
+def chunks_of(pieces: Pieces) -> Iterable[bytes | memoryview]:
+    """The same bytes in pieces of at most CHUNK, small ones joined, large ones as views."""
+    small: list[bytes | memoryview] = []
+    gathered = 0
+    for piece in pieces:
+        if gathered + len(piece) <= INLINE:
+            small.append(piece)
+            gathered += len(piece)
+            continue
+        if small:
+            yield b"".join(small)
+        small, gathered = [], 0
+        if len(piece) <= INLINE:
+            small, gathered = [piece], len(piece)
+            continue
+        view = memoryview(piece)
+        for start in range(0, len(view), CHUNK):
+            yield view[start : start + CHUNK]
+    if small:
+        yield b"".join(small)
+
+
+def parse(data: bytes | memoryview) -> tuple[dict[str, Array], dict[str, str]]:
+    """Raises Corrupt. A snapshot has several tensors for each of a session's, and thousands of keys in its text."""
+    try:
+        return safetensors.read(data, bounded=False)
+    except WireError as error:
+        raise Corrupt(f"a stored value is not what was put there: {error}") from None
+
+
+def head_of(reply: Any) -> Head | None:
+    if not reply:
+        return None
+    pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+    fields = {name.decode(): value for name, value in pairs}
+    try:
+        return Head(
+            commit=fields["commit"].decode(),
+            step=int(fields["step"]),
+            seq=int(fields["seq"]),
+            base=int(fields["base"]),
+            snap=fields["snap"].decode(),
+            chunks=int(fields["chunks"]),
+            length=int(fields["length"]),
+            checksum=fields["checksum"].decode(),
+            document=fields["document"],
+            held=fields["held"] == b"1",
+            updated_at=fields["time"].decode(),
+            skipped=int(fields["skipped"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise Corrupt(f"the head of a session is not what was put there: {error}") from None
+
+
+def assemble(replies: Sequence[bytes], length: int, checksum: str, name: str) -> bytes | memoryview:
+    """The chunks as one buffer. Raises Corrupt."""
+    if sum(map(len, replies)) != length:
+        raise Corrupt(f"{name}: the chunks have not {length} bytes together")
+    data: bytes | memoryview = replies[0]
+    if len(replies) > 1:
+        joined = np.empty(length, np.uint8).data
+        at = 0
+        for reply in replies:
+            joined[at : at + len(reply)] = reply
+            at += len(reply)
+        data = joined
+    if xxhash.xxh3_64_hexdigest(data) != checksum:
+        raise Corrupt(f"{name}: the checksum does not agree")
+    return data
