@@ -1,0 +1,350 @@
+"""Log, then apply: how changes that wait in a session's queue become commits.
+
+Changes are dealt with in batches: each is checked against the state that it will meet, all are appended to the log in
+one round trip, and only then applied and answered. So memory is never ahead of the log. The append holds only if nobody
+else, on any replica, has written since; if somebody has, the tail is fetched, applied, and the batch checked anew.
+
+What is not appended (a refusal, a repeat, a read) is answered from memory only after the head in the store was seen
+to be the one that memory stands at, so that a replica that fell behind never answers from the past.
+"""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import orjson
+
+from core.errors import CoreError, NonFinite
+from core.layout import Array
+from core.session import Checked, FlatParams, Gradient, NewParams, NewRecipe, Outcome
+from service import live as files
+from service import tensors as forms
+from service.documents import Applied, Document, Precondition, Stamp, StepRequest, now
+from service.errors import KeyReused, ServiceError, SessionNotFound, StepConflict, StoreUnavailable
+from service.ids import new_commit
+from service.live import DocumentReader, Done, Live
+from service.records import LogItem
+from service.store import Outcome as Appended
+from service.store import Store
+
+T = TypeVar("T")
+
+# Work on so many elements, or bytes of a body, is done in a thread; on fewer, the hand-over would cost more than it
+# spares. Arrays of so many elements are never changed in place, so that they can be sent without a copy.
+THREADED = 65_536
+
+
+@dataclass(slots=True, eq=False)
+class Change:
+    """Something that waits to be appended and applied."""
+
+    future: "asyncio.Future[Any]"
+    if_match: Precondition | None
+    size: int = 0
+    step: StepRequest | None = None
+    encode: Callable[[Applied], Any] | None = None
+    params: Mapping[str, Array] | None = None
+    change: Callable[[Document], Document] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Look:
+    """Something that reads the session at one commit."""
+
+    future: "asyncio.Future[Any]"
+    read: Callable[[Live], Any]
+    threaded: bool = False
+
+
+@dataclass(slots=True)
+class Planned:
+    """What is to become of a change: an entry to append, or an answer that needs none."""
+
+    change: Change
+    item: LogItem | None = None
+    checked: Checked | None = None
+    document: Document | None = None
+    error: CoreError | ServiceError | None = None
+    done: Done | None = None
+    skipped: bool = False
+
+
+@dataclass(slots=True)
+class Cursor:
+    """Where the session will stand when the next change of a batch is applied."""
+
+    stamp: Stamp
+    keys: dict[str, Done] = field(default_factory=dict)
+
+
+class Committer:
+    """`reread(id)` reads a session anew from the store."""
+
+    def __init__(self, store: Store, read_document: DocumentReader, reread: Callable[[str], Awaitable[Live]]) -> None:
+        self._store = store
+        self._read_document = read_document
+        self._reread = reread
+        self._threads = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2), thread_name_prefix="compute")
+
+    def close(self) -> None:
+        self._threads.shutdown()
+
+    async def answer(self, live: Live, looks: Sequence[Look]) -> None:
+        await self.catch_up(live)
+        large = live.session.layout.size >= THREADED
+        for look in looks:
+            if look.future.done():
+                continue
+            try:
+                result = await self.compute(large and look.threaded, look.read, live)
+            except CoreError as error:
+                fail(look.future, error)
+            else:
+                resolve(look.future, result)
+
+    async def compute(self, threaded: bool, function: Callable[..., T], *arguments: Any) -> T:
+        if threaded:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        return function(*arguments)
+
+    # Log, then apply
+
+    async def commit(self, live: Live, changes: Sequence[Change]) -> None:
+        while True:
+            planned = await self._plan(live, changes)
+            items = [plan.item for plan in planned if plan.item is not None]
+            if not items:
+                if await self.catch_up(live):
+                    continue
+                break
+            outcome = await self._append(live, items)
+            if outcome == "OK":
+                break
+            if outcome == "GONE":
+                raise SessionNotFound(live.id)
+            await self.catch_up(live)
+        for plan in planned:
+            await self._settle(live, plan)
+
+    async def _plan(self, live: Live, changes: Sequence[Change]) -> list[Planned]:
+        cursor = Cursor(live.stamp)
+        planned = []
+        for change in changes:
+            if change.future.cancelled():  # its sender is gone
+                continue
+            planned.append(await self._plan_one(live, change, cursor))
+        return planned
+
+    async def _plan_one(self, live: Live, change: Change, cursor: Cursor) -> Planned:
+        request = change.step
+        plan = Planned(change)
+        try:
+            if request is not None and request.key is not None:
+                plan.done = live.done.get(request.key) or cursor.keys.get(request.key)
+                if plan.done is not None:
+                    if plan.done.digest != request.digest:
+                        raise KeyReused(request.key)
+                    return plan
+            if change.if_match is not None and not change.if_match.holds(cursor.stamp):
+                raise StepConflict(cursor.stamp.step, cursor.stamp.commit)
+            await self._check(live, plan)
+        except NonFinite as error:
+            plan.skipped = request is not None and live.session.recipe.non_finite == "skip"
+            plan.error = None if plan.skipped else error
+        except (CoreError, ServiceError) as error:
+            plan.error = error
+        if plan.checked is not None:
+            self._write(live, plan, cursor)
+        return plan
+
+    async def _check(self, live: Live, plan: Planned) -> None:
+        change, session = plan.change, live.session
+        if change.step is not None:
+            large = change.size >= THREADED
+            plan.checked = await self.compute(large, session.check, change.step.contribution)
+        elif change.params is not None:
+            plan.checked = session.check(NewParams(change.params))
+        elif change.change is not None:
+            plan.document = change.change(live.document)
+            plan.checked = session.check(NewRecipe(plan.document.recipe))
+
+    def _write(self, live: Live, plan: Planned, cursor: Cursor) -> None:
+        """The log entry of a change that was checked; moves `cursor` behind it."""
+        commit, moment = new_commit(), now()
+        step, held = cursor.stamp.step, live.session.state.params is not None
+        text = {"commit": commit, "parent": cursor.stamp.commit, "time": moment}
+        item = LogItem(commit, text, {}, {"time": moment})
+        request = plan.change.step
+        if request is not None and isinstance(plan.checked, Gradient):
+            step += 1
+            item.tensors = forms.tensors_of(request.contribution, plan.checked)
+            self._write_step(live, request, plan.checked, Stamp(step, commit), text, cursor)
+            rate = live.session.rate(step)
+            record = [step, moment, request.contribution.loss, plan.checked.norm, rate, request.worker, commit]
+            item.record = orjson.dumps(record)
+        elif isinstance(plan.checked, FlatParams):
+            text["kind"], held = "params", True
+            item.tensors = live.session.layout.views(plan.checked.params)
+        elif plan.document is not None:
+            text |= {"kind": "document", "document": orjson.dumps(plan.document.describe()).decode()}
+            item.head["document"] = orjson.dumps(files.describe(plan.document))
+        item.head |= {"step": step, "held": int(held)}
+        plan.item = item
+        cursor.stamp = Stamp(step, commit)
+
+    def _write_step(
+        self,
+        live: Live,
+        request: StepRequest,
+        gradient: Gradient,
+        stamp: Stamp,
+        text: dict[str, str],
+        cursor: Cursor,
+    ) -> None:
+        """A step's own text: what came beside its tensors, who sent it, and under which key."""
+        text["kind"] = "step"
+        if request.contribution.loss is not None:
+            text["loss"] = repr(request.contribution.loss)
+        if request.contribution.partial:
+            text["partial"] = "true"
+        if request.worker is not None:
+            text["worker"] = request.worker
+        if request.base_step is not None:
+            text["base_step"] = str(request.base_step)
+        if request.weight != 1.0:
+            text["weight"] = repr(request.weight)
+        if request.key is None:
+            return
+        text |= {"key": request.key, "digest": request.digest, "norm": repr(gradient.norm)}
+        if self._returns(live, request) == "updates":
+            text["updates"] = "kept"
+        rate = live.session.rate(stamp.step)
+        worker = request.worker or ""
+        cursor.keys[request.key] = Done(request.digest, stamp.step, stamp.commit, worker, rate, gradient.norm)
+
+    def _returns(self, live: Live, request: StepRequest) -> Literal["params", "updates", "none"]:
+        if request.returns is not None:
+            return request.returns
+        return "updates" if live.session.state.params is None else "params"
+
+    async def _append(self, live: Live, items: Sequence[LogItem]) -> Appended:
+        """Appends; where the reply was lost, finds out what became of it. Raises StoreUnavailable if it cannot."""
+        for _ in range(5):
+            try:
+                return await self._store.append(live.id, live.head.commit, items)
+            except StoreUnavailable:
+                outcome = await self._store.landed(live.id, items[-1].commit, live.head.seq)
+                if outcome != "STALE" or await self._store.commit_of(live.id) != live.head.commit:
+                    return outcome
+                # It did not go through, or not yet: the same once more is harmless, its commits being the same.
+        raise StoreUnavailable("the store breaks off every write")
+
+    async def _settle(self, live: Live, plan: Planned) -> None:
+        """Applies what was appended, and answers."""
+        change = plan.change
+        if plan.error is not None:
+            fail(change.future, plan.error)
+        elif plan.skipped:
+            await self._store.count_skipped(live.id)
+            self._reply(change, self._skip(live, change))
+        elif plan.item is None and plan.done is not None:
+            self._reply(change, self._replayed(live, change, plan.done))
+        elif plan.item is not None and plan.checked is not None:
+            await self._apply(live, plan, plan.item, plan.checked)
+
+    def _skip(self, live: Live, change: Change) -> Applied:
+        """The answer to a gradient that changed nothing: things as they are, and updates of zero."""
+        assert change.step is not None
+        returns, layout = self._returns(live, change.step), live.session.layout
+        params = live.session.next_point() if returns == "params" else None
+        updates = np.zeros(layout.size, live.session.recipe.numpy_dtype) if returns == "updates" else None
+        return Applied(live.stamp, layout, params, updates, live.session.rate(), None)
+
+    async def _apply(self, live: Live, plan: Planned, item: LogItem, checked: Checked) -> None:
+        change, request = plan.change, plan.change.step
+        returns = "none" if request is None else self._returns(live, request)
+        large = live.session.layout.size >= THREADED
+
+        def apply() -> Outcome:
+            return live.session.apply(checked, want_updates=returns == "updates", fresh=large or bool(live.points))
+
+        outcome = await self.compute(large, apply)
+        before, live.document = live.document, plan.document or live.document
+        live.advance(item.commit, 0 if item.staged is None else item.staged.chunks, item.size, item.metadata["time"])
+        if request is None or not isinstance(checked, Gradient):
+            resolve(change.future, (before, live.document) if plan.document else live.stamp)
+            return
+        rate = live.session.rate(outcome.step)
+        if request.key is not None:
+            done = Done(request.digest, outcome.step, item.commit, request.worker or "", rate, checked.norm)
+            live.remember(request.key, done, outcome.updates if returns == "updates" else None)
+        params = live.session.next_point() if returns == "params" else None
+        updates = outcome.updates if returns == "updates" else None
+        self._reply(change, Applied(live.stamp, live.session.layout, params, updates, rate, checked.norm))
+
+    def _replayed(self, live: Live, change: Change, done: Done) -> Applied:
+        """The answer to a repeat: the same tensors where they are still at hand, else where things stand now."""
+        assert change.step is not None
+        returns = self._returns(live, change.step)
+        kept = live.kept.get(done.worker)
+        stamp = live.stamp
+        params = updates = None
+        if returns == "updates":
+            stamp = Stamp(done.step, done.commit)
+            updates = kept.updates if kept is not None and kept.step == done.step else None
+        elif returns == "params":
+            params = live.session.next_point()
+        return Applied(stamp, live.session.layout, params, updates, done.lr, done.grad_norm, replayed=True)
+
+    def _reply(self, change: Change, applied: Applied) -> None:
+        """Encodes at once: a small session's arrays are changed in place by the next step."""
+        if change.future.done():
+            return
+        applied.skipped = applied.grad_norm is None
+        try:
+            assert change.encode is not None
+            resolve(change.future, change.encode(applied))
+        except (CoreError, ServiceError) as error:
+            fail(change.future, error)
+
+    # Keeping up with the store
+
+    async def catch_up(self, live: Live) -> bool:
+        """Brings memory to where the store is; True if it was behind. Raises SessionNotFound, Corrupt."""
+        commit = await self._store.commit_of(live.id)
+        if commit == live.head.commit:
+            return False
+        tail = None if commit is None else await self._store.tail(live.id, live.head.seq)
+        if tail is None:
+            raise SessionNotFound(live.id)
+        if tail.entries and tail.entries[0].metadata.get("parent") == live.head.commit:
+            large = live.session.layout.size >= THREADED
+            for entry in tail.entries:
+                await self.compute(large, files.replay, live, entry, self._read_document)
+            live.rebase(tail.head.snap, tail.head.chunks, tail.head.base)
+            return True
+        # The log was cut since, or the store went back: everything is read anew.
+        fresh = await self._reread(live.id)
+        live.session, live.document, live.head = fresh.session, fresh.document, fresh.head
+        live.done, live.kept, live.log = fresh.done, fresh.kept, fresh.log
+        live.log_bytes = fresh.log_bytes
+        live.points.clear()
+        return True
+
+
+def new_future() -> "asyncio.Future[Any]":
+    return asyncio.get_running_loop().create_future()
+
+
+def resolve(future: "asyncio.Future[Any]", result: object) -> None:
+    if not future.done():
+        future.set_result(result)
+
+
+def fail(future: "asyncio.Future[Any]", error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

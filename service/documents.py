@@ -1,0 +1,118 @@
+"""What a session is beside its arrays, and the small values that go between the engine and its callers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
+
+from core.layout import Array, Layout
+from core.recipe import Recipe
+from core.session import Contribution
+
+
+def now() -> str:
+    """The time as RFC 3339 in UTC, to the microsecond."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """What is stored as JSON beside the arrays of a session."""
+
+    recipe: Recipe
+    name: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    aggregation: Mapping[str, Any] = field(default_factory=lambda: {"mode": "async"})
+    transforms: tuple[Mapping[str, Any], ...] = ()
+    created_at: str = field(default_factory=now)
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON values, every default filled in."""
+        return self.recipe.describe() | {
+            "name": self.name,
+            "labels": dict(self.labels),
+            "aggregation": dict(self.aggregation),
+            "transforms": [dict(transform) for transform in self.transforms],
+            "created_at": self.created_at,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """One commit of a session. `commit` is random, so no two histories share one."""
+
+    step: int
+    commit: str
+
+    @property
+    def etag(self) -> str:
+        return f'"{self.step}-{self.commit}"'
+
+
+@dataclass(frozen=True, slots=True)
+class Precondition:
+    """A parsed If-Match or If-None-Match: any commit, or one of (step, commit); commit None: any of the step."""
+
+    any: bool
+    stamps: tuple[tuple[int, str | None], ...] = ()
+
+    def holds(self, stamp: Stamp) -> bool:
+        return self.any or any(step == stamp.step and commit in (None, stamp.commit) for step, commit in self.stamps)
+
+
+@dataclass(slots=True)
+class StepRequest:
+    """A contribution and what its sender asked for beside it. `size` is the bytes of the body."""
+
+    contribution: Contribution
+    returns: Literal["params", "updates", "none"] | None
+    size: int
+    if_match: Precondition | None = None
+    key: str | None = None
+    digest: str = ""
+    worker: str | None = None
+    base_step: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class Applied:
+    """What became of a step; flat arrays (n,) where they were asked for."""
+
+    stamp: Stamp
+    layout: Layout
+    params: Array | None
+    updates: Array | None
+    lr: float
+    grad_norm: float | None
+    replayed: bool = False
+    skipped: bool = False
+
+
+@dataclass(slots=True)
+class Point:
+    """The parameters (n,) at one commit; `flat` never changes. `encoded` is shared by all who read them."""
+
+    stamp: Stamp
+    layout: Layout
+    flat: Array
+    encoded: dict[str, Any]
+
+
+class Record(NamedTuple):
+    """A line of a session's history; `time` is RFC 3339."""
+
+    step: int
+    time: str
+    loss: float | None
+    grad_norm: float | None
+    lr: float
+    worker: str | None
+
+
+class Event(NamedTuple):
+    """Something that happened to a session."""
+
+    kind: Literal["step", "deleted"]
+    step: int
+    commit: str

@@ -1,0 +1,464 @@
+"""Live sessions: a queue each, loading, waiting, eviction, snapshots.
+
+Everything that needs a session's arrays waits in the session's queue, and one task at a time empties it (what it does
+with a change is in commits.py). What a listing or a session object shows is in the head of the session in the store and
+needs no arrays.
+"""
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any, Literal, TypeVar
+
+import orjson
+import structlog
+
+from core.errors import CoreError
+from core.evaluate import Evaluator
+from core.layout import Array
+from core.recipe import Recipe
+from core.session import Session
+from service import live as files
+from service.bell import Bell
+from service.commits import THREADED, Change, Committer, Look, fail, new_future
+from service.documents import Applied, Document, Event, Point, Precondition, Record, Stamp, StepRequest, now
+from service.errors import (
+    Corrupt,
+    Fault,
+    InvalidRequest,
+    ServiceError,
+    SessionNotFound,
+    StepConflict,
+    StoreUnavailable,
+)
+from service.ids import age_of, checked_id, new_commit, new_id
+from service.live import DocumentReader, Live
+from service.records import Head, chunks_of
+from service.store import Store, key
+from service.wire import safetensors
+
+log = structlog.get_logger("ravine.engine")
+T = TypeVar("T")
+
+BATCH = 256
+BATCH_BYTES = 64 * 1024 * 1024
+SNAPSHOT_FLOOR = 64 * 1024
+# A state of so many bytes is not copied for its snapshot.
+COPIED = 4 * 1024 * 1024
+# A session that leaves memory with fewer entries in its log is replayed as fast as a snapshot is written.
+WORTH_A_SNAPSHOT = 32
+# A waiter looks by itself every so often, since a message may be missed.
+LOOK = 2.0
+LARGE = 64 * 1024 * 1024
+
+
+class Engine:
+    """`budget` is the memory in bytes that live sessions may take; `read_document` makes a Document of its JSON."""
+
+    def __init__(self, store: Store, evaluator: Evaluator, read_document: DocumentReader, budget: int) -> None:
+        self._store = store
+        self.evaluator = evaluator
+        self._read_document = read_document
+        self._budget = budget
+        self._live: OrderedDict[str, Live] = OrderedDict()
+        self._costs: dict[str, int] = {}
+        self._cost = 0
+        self._loading: dict[str, asyncio.Future[Live]] = {}
+        self._committer = Committer(store, read_document, self._read)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._bell: Bell | None = None
+
+    async def start(self) -> None:
+        self._bell = Bell(self._store.pubsub_client)
+        self._bell.start()
+
+    async def stop(self) -> None:
+        """Waits for what is under way, then lets go. Requests must have ended before."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._bell is not None:
+            await self._bell.stop()
+        self._committer.close()
+
+    # Making, listing and ending sessions
+
+    async def create(self, document: Document, params: Mapping[str, Array] | None) -> tuple[dict[str, Any], Stamp]:
+        """Raises InvalidRequest, TensorError, StoreUnavailable, StoreFull."""
+        self._check_size(document.recipe, "/shapes" if params is None else "/params")
+        session = Session.new(document.recipe, params, self.evaluator)
+        return await self._create(session, document, new=True)
+
+    async def restore(self, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[dict[str, Any], Stamp]:
+        """A new session from a checkpoint file. Raises InvalidState, InvalidRequest."""
+
+        def read(described: Mapping[str, Any]) -> Document:
+            document = self._read_document(described)
+            self._check_size(document.recipe, "/shapes")
+            return document
+
+        session, document = files.restored(tensors, metadata, now(), read, self.evaluator)
+        return await self._create(session, document)
+
+    def _check_size(self, recipe: Recipe, where: str) -> None:
+        """Raises InvalidRequest, before any array is made, for a session that alone is more than memory may hold."""
+        needed = recipe.state_bytes() + recipe.layout.size * recipe.numpy_dtype.itemsize
+        if needed > self._budget:
+            sentence = f"parameters and slots would take {needed} bytes; a session may have {self._budget}"
+            raise InvalidRequest([Fault(where, sentence)])
+
+    async def fork(self, id_: str) -> tuple[dict[str, Any], Stamp]:
+        """A new session from this one's state; it remembers neither its history nor its keys."""
+
+        def copy(live: Live) -> tuple[Session, Document]:
+            state = live.session.state.copy()
+            return Session(live.session.recipe, state, self.evaluator), live.document
+
+        session, document = await self._look(id_, copy, threaded=True)
+        return await self._create(session, replace(document, created_at=now()))
+
+    async def _create(self, session: Session, document: Document, *, new: bool = False) -> tuple[dict[str, Any], Stamp]:
+        id_, commit, snap = new_id(), new_commit(), secrets.token_hex(4)
+        tensors, text = files.checkpoint(session, document)
+        if len(tensors) > safetensors.MAX_TENSORS or len(safetensors.write(tensors, text)[0]) > safetensors.MAX_HEADER:
+            raise InvalidRequest([Fault("/shapes", "the checkpoint of so many tensors could not be read back here")])
+        if new:  # what every session starts with need not be stored
+            tensors = {name: array for name, array in tensors.items() if ":" not in name}
+        text |= {"commit": commit, "seq": "0"}
+        step, held = session.state.step, session.state.params is not None
+        fields: dict[str, str | int | bytes] = {"commit": commit, "step": step, "time": document.created_at}
+        fields |= {"document": orjson.dumps(files.describe(document)), "held": int(held)}
+        await self._store.enter(id_, document.labels.items())
+        await self._store.create(id_, snap, safetensors.write(tensors, text), fields)
+        return await self.session(id_)
+
+    async def session(self, id_: str) -> tuple[dict[str, Any], Stamp]:
+        """The session object."""
+        head = await self._store.head(checked_id(id_))
+        if head is None:
+            raise SessionNotFound(id_)
+        return session_object(id_, head), Stamp(head.step, head.commit)
+
+    async def stamp(self, id_: str) -> Stamp:
+        return (await self.session(id_))[1]
+
+    async def sessions(
+        self, limit: int, after: str | None, label: tuple[str, str] | None
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """At most `limit` session objects, newest first, and whether there are more."""
+        found: list[dict[str, Any]] = []
+        while True:
+            wanted = limit + 1 - len(found)
+            ids = await self._store.ids(label, after, wanted)
+            for id_, head in zip(ids, await self._store.heads(ids), strict=True):
+                described = None if head is None else session_object(id_, head)
+                if described is None or (label and described["labels"].get(label[0]) != label[1]):
+                    await self._forget_entry(id_, described, label)
+                else:
+                    found.append(described)
+            if len(ids) < wanted or len(found) > limit:
+                return found[:limit], len(found) > limit
+            after = ids[-1]
+
+    async def _forget_entry(self, id_: str, described: Mapping[str, Any] | None, label: tuple[str, str] | None) -> None:
+        """Drops an id from the index that is not there, unless it is only just being made."""
+        if age_of(id_) > 60:
+            await self._store.leave(id_, [label] if label else [], index=described is None)
+
+    async def delete(self, id_: str, if_match: Precondition | None) -> None:
+        while True:
+            head = await self._store.head(checked_id(id_))
+            if head is None:
+                raise SessionNotFound(id_)
+            stamp = Stamp(head.step, head.commit)
+            if if_match is not None and not if_match.holds(stamp):
+                raise StepConflict(stamp.step, stamp.commit)
+            outcome = await self._store.delete(id_, head, None if if_match is None else head.commit)
+            if outcome != "STALE":
+                break
+        labels = orjson.loads(head.document)["labels"]
+        await self._store.leave(id_, labels.items())
+        self._forget(id_)
+
+    # Changing
+
+    async def step(self, id_: str, request: StepRequest, encode: Callable[[Applied], T]) -> T:
+        """Appends and applies a contribution; `encode` is called right after, on the event loop.
+
+        Raises CoreError, StepConflict, KeyReused, SessionNotFound, StoreUnavailable, StoreFull.
+        """
+        change = Change(new_future(), request.if_match, request.size, step=request, encode=encode)
+        result: T = await self._enqueue(id_, change)
+        return result
+
+    async def put_params(self, id_: str, params: Mapping[str, Array], if_match: Precondition | None) -> Stamp:
+        size = sum(array.nbytes for array in params.values())
+        stamp: Stamp = await self._enqueue(id_, Change(new_future(), if_match, size, params=params))
+        return stamp
+
+    async def patch(
+        self, id_: str, change: Callable[[Document], Document], if_match: Precondition | None
+    ) -> tuple[dict[str, Any], Stamp]:
+        before, after = await self._enqueue(id_, Change(new_future(), if_match, change=change))
+        gone = before.labels.items() - after.labels.items()
+        await self._store.enter(id_, after.labels.items())
+        if gone:
+            await self._store.leave(id_, gone, index=False)
+        return await self.session(id_)
+
+    # Reading
+
+    async def params(self, id_: str, at: Literal["next", "final"]) -> Point:
+        """Raises ParamsNotHeld."""
+        point: Point = await self._look(id_, lambda live: live.point(at))
+        return point
+
+    async def checkpoint(self, id_: str) -> tuple[dict[str, Array], dict[str, str], Stamp]:
+        """The checkpoint's tensors and text, in arrays of its own."""
+
+        def copy(live: Live) -> tuple[dict[str, Array], dict[str, str], Stamp]:
+            copied = Session(live.session.recipe, live.session.state.copy(), self.evaluator)
+            return *files.checkpoint(copied, live.document), live.stamp
+
+        result: tuple[dict[str, Array], dict[str, str], Stamp] = await self._look(id_, copy, threaded=True)
+        return result
+
+    async def history(self, id_: str, after: int, limit: int) -> list[Record]:
+        await self.session(id_)
+        return [Record(*orjson.loads(line)[:6]) for line in await self._store.history(id_, after, limit)]
+
+    async def wait(self, id_: str, after: int, seconds: float) -> bool:
+        """True as soon as the session's step is greater than `after`; False when `seconds` are over."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        async with self._bells.listen(key(checked_id(id_))) as queue:
+            while True:
+                if (await self.stamp(id_)).step > after:
+                    return True
+                look = loop.time() + LOOK
+                while (limit := min(deadline, look)) > loop.time():
+                    try:
+                        async with asyncio.timeout_at(limit):
+                            message = (await queue.get()).split(" ")
+                    except TimeoutError:
+                        break
+                    if message[0] != "step" or int(message[1]) > after:
+                        break
+                if loop.time() >= deadline:
+                    return (await self.stamp(id_)).step > after
+
+    async def events(self, id_: str, after: int | None) -> AsyncIterator[Event]:
+        """What happens from now on, or from step `after` on; ends with the session."""
+        async with self._bells.listen(key(checked_id(id_))) as queue:
+            seen = (await self.stamp(id_)).step if after is None else after
+            while True:
+                try:
+                    now_at = await self.stamp(id_)
+                except SessionNotFound:
+                    yield Event("deleted", seen, "-")
+                    return
+                while seen < now_at.step:
+                    for line in await self._store.history(id_, seen, 1000):
+                        step, *_, commit = orjson.loads(line)
+                        yield Event("step", step, commit)
+                        seen = step
+                    if not await self._store.history(id_, seen, 1):
+                        break
+                seen = max(seen, now_at.step)
+                try:
+                    async with asyncio.timeout(LOOK):
+                        await queue.get()
+                    while not queue.empty():
+                        queue.get_nowait()
+                except TimeoutError:
+                    continue
+
+    async def ready(self) -> bool:
+        """Whether the store answers."""
+        try:
+            await self._store.ping()
+        except (StoreUnavailable, TimeoutError):
+            return False
+        return True
+
+    # Queues
+
+    @property
+    def _bells(self) -> Bell:
+        if self._bell is None:
+            raise StoreUnavailable("the engine has not been started")
+        return self._bell
+
+    async def _look(self, id_: str, read: Callable[[Live], Any], *, threaded: bool = False) -> Any:
+        return await self._enqueue(id_, Look(new_future(), read, threaded))
+
+    async def _enqueue(self, id_: str, item: Change | Look) -> Any:
+        live = self._live.get(id_)
+        if live is None:
+            live = await self._load(checked_id(id_))
+        else:
+            self._live.move_to_end(id_)
+        live.queue.append(item)
+        if live.runner is None:
+            live.runner = self._spawn(self._run(live))
+        return await item.future
+
+    def _spawn(self, coroutine: Any) -> "asyncio.Task[Any]":
+        task: asyncio.Task[Any] = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _run(self, live: Live) -> None:
+        """Empties the queue of `live`; the only task that touches its arrays."""
+        try:
+            while live.queue:
+                if isinstance(live.queue[0], Look):
+                    await self._committer.answer(live, self._take(live, Look))
+                else:
+                    await self._committer.commit(live, self._take(live, Change))
+                live.taken.clear()
+                await self._snapshot_if_due(live)
+        except (CoreError, ServiceError) as error:
+            self._abandon(live, error)
+        except BaseException:
+            # The arrays may be half changed: they are never looked at again, the store has the truth.
+            self._abandon(live, Corrupt("a step was broken off; the session is read anew from the store"))
+            raise
+        finally:
+            live.runner = None
+        if live.id in self._live:
+            self._account(live)
+
+    def _take(self, live: Live, kind: type[T]) -> list[T]:
+        """What can be dealt with at once: things of one kind, a change of recipe by itself."""
+        taken: list[T] = []
+        size = 0
+        while live.queue and isinstance(live.queue[0], kind) and len(taken) < BATCH and size < BATCH_BYTES:
+            alone = isinstance(live.queue[0], Change) and live.queue[0].step is None
+            if alone and taken:
+                break
+            item = live.queue.popleft()
+            size += getattr(item, "size", 0)
+            taken.append(item)
+            live.taken.append(item)
+            if alone:
+                break
+        return taken
+
+    def _abandon(self, live: Live, error: Exception) -> None:
+        """Lets a session go whose memory cannot be trusted, or whose store is away, and answers who waits."""
+        self._forget(live.id)
+        for item in [*live.taken, *live.queue]:
+            fail(item.future, error)
+        live.queue.clear()
+        live.taken.clear()
+
+    async def _load(self, id_: str) -> Live:
+        """The session, read from the store once, however many ask for it."""
+        loading = self._loading.get(id_)
+        if loading is not None:
+            return await asyncio.shield(loading)
+        loading = self._loading[id_] = asyncio.ensure_future(self._read(id_))
+        try:
+            live = await asyncio.shield(loading)
+        finally:
+            self._loading.pop(id_, None)
+        self._live[id_] = live
+        self._account(live)
+        return live
+
+    async def _read(self, id_: str) -> Live:
+        started = time.monotonic()
+        head = await self._store.head(id_)
+        if head is not None and head.length > LARGE:
+            log.info("loading session", session=id_, megabytes=round(head.length / 1e6))
+        stored = await self._store.load(id_)
+        if stored is None:
+            raise SessionNotFound(id_)
+        large = stored.head.length >= THREADED
+        live = await self._committer.compute(large, files.revive, id_, stored, self._read_document, self.evaluator)
+        if stored.head.length > LARGE:
+            log.info("session loaded", session=id_, seconds=round(time.monotonic() - started, 2))
+        return live
+
+    # Memory
+
+    def _account(self, live: Live) -> None:
+        """Counts what `live` takes now, and lets the longest unused sessions go until all fit the budget."""
+        cost = live.cost
+        self._cost += cost - self._costs.get(live.id, 0)
+        self._costs[live.id] = cost
+        while self._cost > self._budget:
+            # The longest unused come first; a few that are at work are passed over.
+            oldest = [self._live[id_] for id_ in islice(self._live, 32)]
+            chosen = next((other for other in oldest if other is not live and other.idle), None)
+            if chosen is None:
+                return
+            if len(chosen.log) >= WORTH_A_SNAPSHOT:
+                self._snapshot(chosen)
+            self._forget(chosen.id)
+
+    def _forget(self, id_: str) -> None:
+        if self._live.pop(id_, None) is not None:
+            self._cost -= self._costs.pop(id_, 0)
+
+    # Snapshots
+
+    async def _snapshot_if_due(self, live: Live) -> None:
+        """A small session's snapshot is written from a copy while it goes on; a large one waits for it.
+
+        A copy of Adam's slots weighs twice the gradient, and beside a step that would more than double what the step
+        takes. The bytes go through the same event loop either way, so waiting costs one step in a few some latency.
+        """
+        if live.snapshot is not None or live.log_bytes <= max(live.session.state.nbytes, SNAPSHOT_FLOOR):
+            return
+        if live.session.state.nbytes < COPIED:
+            self._snapshot(live)
+        else:
+            await self._write_snapshot(live, *_basis(live), *files.snapshot(live, copy=False))
+
+    def _snapshot(self, live: Live) -> None:
+        """Writes a snapshot in the background."""
+        live.snapshot = self._spawn(self._write_snapshot(live, *_basis(live), *files.snapshot(live, copy=True)))
+
+    async def _write_snapshot(
+        self,
+        live: Live,
+        old: Head,
+        log_: Sequence[files.Logged],
+        tensors: Mapping[str, Array],
+        text: Mapping[str, str],
+    ) -> None:
+        """Writes the state as it was at `old`; `log_` are the entries up to there that no snapshot holds yet."""
+        snap, pieces = secrets.token_hex(4), safetensors.write(tensors, text)
+        gone = [(entry.commit, entry.chunks) for entry in log_]
+        try:
+            outcome = await self._store.snapshot(live.id, old, gone, old.seq, snap, pieces)
+            if outcome == "OK":
+                live.rebase(snap, sum(1 for _ in chunks_of(pieces)), old.seq)
+            elif (head := await self._store.head(live.id)) is not None:  # another replica was first
+                live.rebase(head.snap, head.chunks, head.base)
+        except ServiceError as error:
+            log.warning("snapshot not written", session=live.id, reason=str(error))
+        finally:
+            live.snapshot = None
+
+
+def _basis(live: Live) -> tuple[Head, list[files.Logged]]:
+    """What a snapshot of `live` as it is now goes by, while `live` itself may go on."""
+    return Head(**{name: getattr(live.head, name) for name in Head.__slots__}), list(live.log)
+
+
+def session_object(id_: str, head: Head) -> dict[str, Any]:
+    """What a client is shown of a session."""
+    document: dict[str, Any] = orjson.loads(head.document)
+    size, slot_bytes = document.pop("size"), document.pop("slot_bytes")
+    held = size * (8 if document["dtype"] == "float64" else 4) if head.held else 0
+    first = {"id": id_, "name": document.pop("name"), "labels": document.pop("labels"), "step": head.step}
+    last = {"size": size, "state_bytes": slot_bytes + held, "holds_params": head.held, "skipped": head.skipped}
+    created = document.pop("created_at")
+    return first | document | last | {"created_at": created, "updated_at": head.updated_at}

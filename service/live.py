@@ -1,0 +1,248 @@
+"""A session in memory: the core's session, what is remembered of its steps, and both as files.
+
+What the store has is a snapshot and entries; what this module does with them is deterministic, so that every replica
+that applies the same entries holds the same bits, the memory of idempotency keys included.
+"""
+
+import asyncio
+import re
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import orjson
+
+from core.errors import CoreError, InvalidState
+from core.evaluate import Evaluator
+from core.layout import Array
+from core.session import Entry, NewParams, NewRecipe, Session, state_of, tensors_of
+from service import tensors as forms
+from service.documents import Document, Point, Stamp
+from service.errors import Corrupt
+from service.records import Head, LogEntry, Stored
+from service.wire.json import MAX_INTEGER
+
+FORMAT = "1"
+_STEP = re.compile(r"[0-9]{1,16}")
+# How many idempotency keys a session remembers.
+WINDOW = 4096
+# What a session costs beside its arrays, in bytes: objects, names, buffers; measured with 10 parameters.
+OVERHEAD = 10 * 1024
+KEY_COST = 400
+
+DocumentReader = Callable[[Mapping[str, Any]], Document]
+
+
+class Done(NamedTuple):
+    """What is remembered of a step that had an Idempotency-Key."""
+
+    digest: str
+    step: int
+    commit: str
+    worker: str
+    lr: float
+    grad_norm: float
+
+
+class Kept(NamedTuple):
+    """The updates (n,) of a worker's last step with a key, for the case that it asks again."""
+
+    step: int
+    updates: Array
+
+
+class Logged(NamedTuple):
+    """An entry of the log that the snapshot does not hold yet."""
+
+    commit: str
+    chunks: int
+    size: int
+
+
+@dataclass(slots=True)
+class Live:
+    """`head` is the commit that memory stands at; it is never ahead of the store."""
+
+    id: str
+    session: Session
+    document: Document
+    head: Head
+    done: "OrderedDict[str, Done]" = field(default_factory=OrderedDict)
+    kept: dict[str, Kept] = field(default_factory=dict)
+    log: list[Logged] = field(default_factory=list)
+    log_bytes: int = 0
+    queue: deque[Any] = field(default_factory=deque)
+    taken: list[Any] = field(default_factory=list)  # out of the queue, not answered yet
+    runner: "asyncio.Task[None] | None" = None
+    snapshot: "asyncio.Task[None] | None" = None
+    points: dict[str, Point] = field(default_factory=dict)
+
+    @property
+    def stamp(self) -> Stamp:
+        return Stamp(self.session.state.step, self.head.commit)
+
+    @property
+    def idle(self) -> bool:
+        return not self.queue and self.runner is None and self.snapshot is None
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory, estimated."""
+        kept = sum(entry.updates.nbytes for entry in self.kept.values())
+        return self.session.state.nbytes + kept + KEY_COST * len(self.done) + OVERHEAD
+
+    def rebase(self, snap: str, chunks: int, base: int) -> None:
+        """The store has the snapshot `snap` of the state after entry `base`; the log begins behind it."""
+        if base < self.head.base:
+            return
+        self.head.snap, self.head.chunks, self.head.base = snap, chunks, base
+        del self.log[: max(len(self.log) - (self.head.seq - base), 0)]
+        self.log_bytes = sum(entry.size for entry in self.log)
+
+    def advance(self, entry_commit: str, chunks: int, size: int, updated_at: str) -> None:
+        """Memory stands at `entry_commit` now."""
+        self.head.commit, self.head.step = entry_commit, self.session.state.step
+        self.head.updated_at, self.head.held = updated_at, self.session.state.params is not None
+        self.head.seq += 1
+        self.log.append(Logged(entry_commit, chunks, size))
+        self.log_bytes += size
+        self.points.clear()
+
+    def remember(self, key: str, done: Done, updates: Array | None) -> None:
+        self.done[key] = done
+        while len(self.done) > WINDOW:
+            self.done.popitem(last=False)
+        if updates is not None:
+            self.kept[done.worker] = Kept(done.step, updates)
+
+    def point(self, at: str) -> Point:
+        """The parameters at this commit. Raises ParamsNotHeld."""
+        found = self.points.get(at)
+        if found is None:
+            flat = self.session.next_point() if at == "next" else self.session.final_point()
+            found = self.points[at] = Point(self.stamp, self.session.layout, flat, {})
+        return found
+
+
+def entry_of(entry: LogEntry, read_document: DocumentReader) -> tuple[Entry, Document | None]:
+    """A log entry as the core takes it, and the new document if it brings one. Raises Corrupt."""
+    text = entry.metadata
+    try:
+        match text["kind"]:
+            case "step":
+                loss = float(text["loss"]) if "loss" in text else None
+                return forms.of_tensors(entry.tensors, loss, "partial" in text), None
+            case "params":
+                return NewParams(entry.tensors), None
+            case "document":
+                document = read_document(orjson.loads(text["document"]))
+                return NewRecipe(document.recipe), document
+            case kind:
+                raise Corrupt(f"the log has an entry of the unknown kind {kind!r}")
+    except (KeyError, ValueError, CoreError) as error:
+        raise Corrupt(f"an entry of the log cannot be read: {error}") from None
+
+
+def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
+    """Applies an entry of the log, whoever wrote it. Raises Corrupt, with nothing changed."""
+    text = entry.metadata
+    if text.get("parent") != live.head.commit:
+        raise Corrupt(f"entry {text.get('commit')!r} does not follow {live.head.commit!r}")
+    parsed, document = entry_of(entry, read_document)
+    try:
+        checked = live.session.check(parsed)
+    except CoreError as error:
+        raise Corrupt(f"entry {text['commit']!r} cannot be applied: {error}") from None
+    outcome = live.session.apply(checked, want_updates="updates" in text)
+    if document is not None:
+        live.document = document
+    live.advance(text["commit"], entry.chunks, entry.size, text["time"])
+    if "key" in text:
+        done = Done(
+            digest=text["digest"],
+            step=outcome.step,
+            commit=text["commit"],
+            worker=text.get("worker", ""),
+            lr=live.session.rate(outcome.step),
+            grad_norm=float(text["norm"]),
+        )
+        live.remember(text["key"], done, outcome.updates)
+
+
+# Files
+
+
+def describe(document: Document) -> dict[str, Any]:
+    """The document with what a listing needs to know without its arrays."""
+    recipe = document.recipe
+    return document.describe() | {"size": recipe.layout.size, "slot_bytes": recipe.state_bytes()}
+
+
+def checkpoint(session: Session, document: Document) -> tuple[dict[str, Array], dict[str, str]]:
+    """The file that `GET …/state` gives: named tensors, and recipe and step as text."""
+    described = document.describe()
+    del described["created_at"]
+    text = {"ravine": FORMAT, "step": str(session.state.step), "recipe": orjson.dumps(described).decode()}
+    return tensors_of(session.recipe, session.state), text
+
+
+def snapshot(live: Live, *, copy: bool) -> tuple[dict[str, Array], dict[str, str]]:
+    """The checkpoint, and what only the service remembers: from a copy, or views of what the next step changes."""
+    session = live.session
+    if copy:
+        session = Session(session.recipe, session.state.copy(), session.evaluator)
+    tensors, text = checkpoint(session, live.document)
+    text |= {"commit": live.head.commit, "seq": str(live.head.seq)}
+    if live.done:
+        text["keys"] = orjson.dumps([[key, *done] for key, done in live.done.items()]).decode()
+    if live.kept:
+        text["kept"] = orjson.dumps([[worker, kept.step] for worker, kept in live.kept.items()]).decode()
+        tensors |= {f":update:{i}": kept.updates for i, kept in enumerate(live.kept.values())}
+    return tensors, text
+
+
+def restored(
+    tensors: Mapping[str, Array],
+    text: Mapping[str, str],
+    created_at: str,
+    read_document: DocumentReader,
+    evaluator: Evaluator,
+) -> tuple[Session, Document]:
+    """A session from a checkpoint's tensors and text. Raises InvalidState and what `read_document` raises."""
+    if text.get("ravine") != FORMAT:
+        raise InvalidState(f"the file is not a checkpoint of format {FORMAT}: `ravine` is {text.get('ravine')!r}")
+    try:
+        described = orjson.loads(text["recipe"])
+        step = int(text["step"]) if _STEP.fullmatch(text["step"]) else -1
+    except (KeyError, ValueError) as error:
+        raise InvalidState(f"the checkpoint's text cannot be read: {error!r}") from None
+    if not isinstance(described, dict) or not 0 <= step <= MAX_INTEGER:
+        raise InvalidState("the checkpoint's `recipe` is no object, or its `step` is no step")
+    document = read_document(described | {"created_at": created_at})
+    state = state_of(document.recipe, step, tensors)
+    return Session(document.recipe, state, evaluator), document
+
+
+def revive(id_: str, stored: Stored, read_document: DocumentReader, evaluator: Evaluator) -> Live:
+    """A session as the store has it. Raises Corrupt."""
+    text, head = stored.metadata, stored.head
+    tensors = {name: array for name, array in stored.tensors.items() if not name.startswith(":update:")}
+    try:
+        created_at = orjson.loads(head.document)["created_at"]
+        session, document = restored(tensors, text, created_at, read_document, evaluator)
+        keys = orjson.loads(text.get("keys", "[]"))
+        workers = orjson.loads(text.get("kept", "[]"))
+        here = Head(**{name: getattr(head, name) for name in Head.__slots__})
+        here.commit, here.seq = text["commit"], int(text["seq"])
+        live = Live(id_, session, document, here)
+        live.done.update((key, Done(*done)) for key, *done in keys)
+        for i, (worker, step) in enumerate(workers):
+            live.kept[worker] = Kept(step, stored.tensors[f":update:{i}"].copy())
+    except (CoreError, KeyError, ValueError, TypeError) as error:
+        raise Corrupt(f"the snapshot of {id_} cannot be read: {error}") from None
+    for entry in stored.entries:
+        replay(live, entry, read_document)
+    if live.head.commit != head.commit:
+        raise Corrupt(f"the log of {id_} ends at {live.head.commit!r}, the head is {head.commit!r}")
+    return live
