@@ -21,7 +21,8 @@ import redis.asyncio
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from service.embedded import Embedded, EmbeddedFailed, find_binary
+from service.embedded import Embedded
+from service.valkey import EmbeddedFailed, find_binary
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -336,7 +337,7 @@ def test_watch_restarts_a_server_it_started_and_one_it_attached_to(
 
     if not kernel_tells and hasattr(os, "pidfd_open"):
         monkeypatch.delattr(os, "pidfd_open")
-        monkeypatch.setattr("service.embedded.Embedded._open_pidfd", lambda _self: None)
+        monkeypatch.setattr("service.embedded.open_pidfd", lambda _path: None)
     run(scenario())
 
 

@@ -1,0 +1,280 @@
+"""The data plane: the calls that carry tensors, as plain ASGI in front of the control plane's framework.
+
+    POST /v1/sessions/{id}/steps                a gradient in, parameters or updates out
+    GET  /v1/sessions/{id}/params               the parameters, now or once there are newer ones
+    PUT  /v1/sessions/{id}/params               other parameters
+    GET  /v1/sessions/{id}/state                the checkpoint
+    POST /v1/sessions                           the checkpoint as a new session, where the body is safetensors
+    GET  /v1/sessions/{id}/events               server-sent events
+
+A call goes one way: headers and query first, so that what they rule out costs no body; the body in one buffer;
+arrays that are views of it; the engine; a reply whose pieces are views of the result. `service.contributions`
+says how a step is written, `service.replies` how results are.
+
+What core, service or wire refuse becomes a problem document here; whatever else is raised is a bug and goes on
+to the outermost application.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
+from typing import Final, Literal, TypeAlias, TypeVar, get_args
+
+from xxhash import xxh3_128
+
+from core.errors import CoreError
+from service import contributions, replies
+from service.documents import Event, StepRequest
+from service.engine import Engine
+from service.errors import Fault, InvalidRequest, ServiceError
+from service.http import (
+    FORMATS,
+    ClientGone,
+    Format,
+    Receive,
+    Reply,
+    Request,
+    Scope,
+    Send,
+    Waits,
+    body_format,
+    idempotency_key,
+    last_event_id,
+    media_type,
+    negotiate,
+    preconditions,
+    prefer,
+    send_reply,
+)
+from service.operations import methods_of
+from service.problems import MethodNotAllowed, RequestTimeout
+from service.wire import safetensors
+from service.wire.errors import WireError
+from service.wire.inflate import Body
+
+PREFIX: Final = "/v1/sessions"
+PING: Final = 15.0  # seconds; proxies take a connection for dead after 30 or 60 without a byte
+MAX_WAIT: Final = 60.0  # seconds
+LARGE_JSON: Final = 256 << 10  # bytes from which JSON is parsed in a thread, so that others get their turns meanwhile
+
+T = TypeVar("T")
+At: TypeAlias = Literal["next", "final"]
+Stream: TypeAlias = Callable[[Receive, Send], Awaitable[None]]
+Call: TypeAlias = Callable[[str, Request], Awaitable[Reply | Stream]]
+
+
+class DataPlane:
+    """An ASGI application for what `matches`; bodies have at most `limit` bytes."""
+
+    def __init__(self, engine: Engine, limit: int) -> None:
+        self._engine = engine
+        self._limit = limit
+        self._waits = Waits()
+        self._calls: Final[Mapping[str, Mapping[str, Call]]] = {
+            "": {"POST": self._restore},
+            "steps": {"POST": self._step},
+            "params": {"GET": self._params, "HEAD": self._params, "PUT": self._put_params},
+            "state": {"GET": self._state, "HEAD": self._state},
+            "events": {"GET": self._events},
+        }
+
+    def matches(self, scope: Scope) -> bool:
+        """Whether this call is the data plane's, with whatever method."""
+        if scope["type"] != "http":
+            return False
+        session, resource = _address(scope)
+        if session:
+            return resource in self._calls and resource != ""
+        return session == "" and scope["method"] == "POST" and _is_safetensors(scope)
+
+    def drain(self) -> None:
+        """End all event streams and long polls, so that the server can stop."""
+        self._waits.end()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        session, resource = _address(scope)
+        method: str = scope["method"]
+        result: Reply | Stream
+        try:
+            call = self._call(resource, method, scope["path"])
+            result = await call(session or "", Request(scope, receive))
+        except ClientGone:
+            return
+        except (CoreError, ServiceError, WireError, MethodNotAllowed, RequestTimeout) as error:
+            result = replies.refusal(error, scope["path"])
+        if isinstance(result, Reply):
+            await send_reply(send, result, head=method == "HEAD")
+        else:
+            await result(receive, send)
+
+    def _call(self, resource: str, method: str, path: str) -> Call:
+        calls = self._calls[resource]
+        if method in calls:
+            return calls[method]
+        allowed = methods_of(path)
+        if method != "OPTIONS":
+            raise MethodNotAllowed(method, allowed)
+
+        async def options(_session: str, _request: Request) -> Reply:
+            return Reply(204, [(b"allow", ", ".join(allowed).encode())])
+
+        return options
+
+    # Steps
+
+    async def _step(self, session: str, request: Request) -> Reply:
+        form = body_format(request.header(b"content-type"))
+        answer = negotiate(request.header(b"accept"), form, ("json", "safetensors"))
+        given = request.query(contributions.QUERY_MEMBERS if form == "safetensors" else ())
+        members = contributions.members_of_query(given)
+        key = idempotency_key(request.header(b"idempotency-key"))
+        if_match = preconditions(request.header(b"if-match"))
+        body = await request.body(self._limit)
+        if form == "json":
+            contribution, members = await _parsed(contributions.of_json, body)
+        else:
+            contribution = contributions.of_safetensors(body, members)
+        minimal = "return" not in members and prefer(request.header(b"prefer")).get("return") == "minimal"
+        step = StepRequest(
+            contribution,
+            "none" if minimal else members.get("return"),
+            len(body),
+            if_match,
+            key,
+            "" if key is None else _digest(form, body, request.scope["query_string"]),
+            members.get("worker"),
+            members.get("base_step"),
+            members.get("weight", 1.0),
+        )
+        reply = await self._engine.step(session, step, replies.STEP_AS[answer])
+        return reply._replace(headers=[*reply.headers, replies.MINIMAL]) if minimal else reply
+
+    # Parameters
+
+    async def _params(self, session: str, request: Request) -> Reply:
+        at, after, seconds = _point(request.query(("at", "after", "wait")))
+        form = negotiate(request.header(b"accept"), "json", ("json", "safetensors"))
+        if_none_match = preconditions(request.header(b"if-none-match"), "If-None-Match")
+        point = await self._engine.params(session, at)
+        if after is not None and point.stamp.step <= after:
+            if not (seconds and await self._waits.run(request.receive, self._engine.wait(session, after, seconds))):
+                return replies.not_modified(await self._engine.stamp(session))
+            point = await self._engine.params(session, at)
+        if if_none_match is not None and if_none_match.holds(point.stamp):
+            return replies.not_modified(point.stamp)
+        return replies.params(point, form)
+
+    async def _put_params(self, session: str, request: Request) -> Reply:
+        form = body_format(request.header(b"content-type"))
+        request.query()
+        if_match = preconditions(request.header(b"if-match"))
+        body = await request.body(self._limit)
+        if form == "json":
+            params = await _parsed(contributions.params_of_json, body)
+        else:
+            params = contributions.params_of_safetensors(body)
+        stamp = await self._engine.put_params(session, params, if_match)
+        return replies.document(200, {"step": stamp.step}, replies.stamped(stamp))
+
+    # Checkpoints
+
+    async def _state(self, session: str, request: Request) -> Reply:
+        request.query()
+        negotiate(request.header(b"accept"), "safetensors", ("safetensors",))
+        if_none_match = preconditions(request.header(b"if-none-match"), "If-None-Match")
+        if if_none_match is not None:
+            stamp = await self._engine.stamp(session)
+            if if_none_match.holds(stamp):
+                return replies.not_modified(stamp)
+        tensors, metadata, stamp = await self._engine.checkpoint(session)
+        return replies.checkpoint(session, tensors, metadata, stamp)
+
+    async def _restore(self, _: str, request: Request) -> Reply:
+        request.query()
+        tensors, metadata = safetensors.read(await request.body(self._limit))
+        session, stamp = await self._engine.restore(tensors, metadata)
+        location = f"{request.scope.get('root_path', '')}{PREFIX}/{session['id']}".encode()
+        return replies.document(201, session, [(b"location", location), *replies.stamped(stamp)])
+
+    # Events
+
+    async def _events(self, session: str, request: Request) -> Stream:
+        request.query()
+        after = last_event_id(request.header(b"last-event-id"))
+        await self._engine.stamp(session)  # whatever is wrong is known before the stream has begun
+        return partial(self._stream, self._engine.events(session, after))
+
+    async def _stream(self, events: AsyncIterator[Event], receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": replies.EVENT_STREAM})
+        try:
+            await self._waits.run(receive, _relay(events, send))
+        except ClientGone:
+            return
+        except (CoreError, ServiceError):
+            pass  # too late for a status: the client comes back with Last-Event-ID, and is told then
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _parsed(read: Callable[[Body], T], body: Body) -> T:
+    return read(body) if len(body) < LARGE_JSON else await asyncio.to_thread(read, body)
+
+
+async def _relay(events: AsyncIterator[Event], send: Send) -> None:
+    coming = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            text = b": ping\n\n"
+            if (await asyncio.wait((coming,), timeout=PING))[0]:
+                event = coming.result()
+                if event is None:
+                    return
+                text = replies.server_sent(event)
+                coming = asyncio.ensure_future(anext(events, None))
+            await send({"type": "http.response.body", "body": text, "more_body": True})
+    finally:
+        coming.cancel()
+
+
+def _address(scope: Scope) -> tuple[str | None, str]:
+    """The session and what of it is meant: ("", "") for all sessions, (None, …) for any other path."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if root and path.startswith(root):
+        path = path[len(root) :]
+    if path == PREFIX:
+        return "", ""
+    if not path.startswith(PREFIX + "/"):
+        return None, ""
+    session, _, resource = path[len(PREFIX) + 1 :].partition("/")
+    return session or None, resource
+
+
+def _is_safetensors(scope: Scope) -> bool:
+    content_type = dict(scope["headers"]).get(b"content-type", b"")
+    return FORMATS.get(media_type(content_type.decode("latin-1"))[0]) == "safetensors"
+
+
+def _digest(form: Format, body: Body, query: bytes) -> str:
+    """What two sendings of one contribution have in common: its inflated body, its format and its query."""
+    digest = xxh3_128(body)
+    digest.update(b"&".join([form.encode(), *sorted(query.split(b"&"))]))
+    return digest.hexdigest()
+
+
+def _point(members: Mapping[str, str]) -> tuple[At, int | None, float]:
+    """`at`, `after` and `wait` in seconds. Raises InvalidRequest."""
+    faults = []
+    at = members.get("at", "next")
+    if at not in get_args(At):
+        faults.append(Fault("/query/at", 'must be "next" or "final"'))
+    after = contributions.integer(members["after"]) if "after" in members else None
+    if "after" in members and after is None:
+        faults.append(Fault("/query/after", "must be a step: an integer of at least 0"))
+    seconds = contributions.number(members.get("wait", "0"))
+    if seconds is None or not 0 <= seconds <= MAX_WAIT:
+        faults.append(Fault("/query/wait", f"must be a number of seconds from 0 to {MAX_WAIT:g}"))
+    if "wait" in members and "after" not in members:
+        faults.append(Fault("/query/wait", "means something beside `after` alone: the step to be left behind"))
+    if faults:
+        raise InvalidRequest(faults)
+    return ("final" if at == "final" else "next"), after, seconds or 0.0

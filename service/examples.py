@@ -1,0 +1,182 @@
+"""The examples of the OpenAPI document. What can be computed is computed by the code that answers real calls.
+
+One small session goes through them: Adam on a 2 × 2 matrix and a bias, one step.
+"""
+
+import base64
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+
+from core import errors as core
+from core.evaluate import Evaluator
+from core.session import Contribution, Gradient, Session
+from service import errors as service
+from service.documents import Event, Record, Stamp
+from service.problems import MethodNotAllowed, NotFound, RequestTimeout, told
+from service.replies import server_sent
+from service.schemas import parse_create
+from service.wire import errors as wire
+from service.wire import safetensors
+from service.wire.json import dumps, loads, tensor
+
+SESSION_ID: Final = "ses_4k2v9m7c8x3q5w6e1t0a"
+OTHER_ID: Final = "ses_9d1f6h2j5l8n3p7r4s0b"
+CREATED: Final = "2030-01-02T03:04:05.678901Z"
+STEPPED: Final = "2030-01-02T03:04:06.789012Z"
+NEW_STAMP: Final = Stamp(0, "5f3a9c01d2")
+STAMP: Final = Stamp(1, "9f3c27a1b4")
+
+CREATE: Final[dict[str, Any]] = {
+    "optimizer": {"kind": "adam", "lr": 0.01},
+    "params": {"w": [[0.5, -1.0], [0.25, 2.0]], "b": [0.0, 0.0]},
+    "name": "tutorial",
+    "labels": {"team": "vision"},
+}
+CREATE_BY_SHAPES: Final[dict[str, Any]] = {
+    "optimizer": {"kind": "adamw", "lr": {"kind": "cosine", "init": 0.001, "steps": 10000}, "weight_decay": 0.1},
+    "shapes": {"w": [784, 10], "b": [10]},
+    "groups": [{"match": "b", "weight_decay": 0}],
+    "averaging": {"kind": "ema", "decay": 0.999},
+}
+PATCH: Final[dict[str, Any]] = {"name": "tutorial, slower", "optimizer": {"lr": 0.001}}
+STEP: Final[dict[str, Any]] = {"gradients": {"w": [[0.1, -0.2], [0.0, 0.4]], "b": [1.0, -1.0]}, "loss": 0.693}
+SPARSE_STEP: Final[dict[str, Any]] = {
+    "gradients": {"w": {"indices": [1], "values": [[0.3, -0.1]]}},
+    "partial": True,
+    "return": "none",
+}
+
+
+def _arrays(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor(value, "") for name, value in tensors.items()}
+
+
+@cache
+def _stepped() -> tuple[dict[str, Any], dict[str, Any], float]:
+    """The parameters and the updates of the step, and its gradient's norm."""
+    document, params = parse_create(CREATE)
+    session = Session.new(document.recipe, params, Evaluator())
+    before = session.next_point().copy()
+    checked = session.check(Contribution(_arrays(STEP["gradients"])))
+    assert isinstance(checked, Gradient)
+    session.apply(checked)
+    after = session.next_point()
+    views = session.layout.views
+    return views(after), views(after - before), checked.norm
+
+
+def _plain(value: object) -> Any:
+    return loads(dumps(value))
+
+
+def session(step: int = 0) -> dict[str, Any]:
+    """The session object at step 0 or 1."""
+    document, _ = parse_create(CREATE)
+    recipe = document.recipe
+    return {"id": SESSION_ID} | {
+        **document.describe(),
+        "step": step,
+        "size": recipe.layout.size,
+        "state_bytes": recipe.state_bytes() + recipe.layout.size * recipe.numpy_dtype.itemsize,
+        "holds_params": True,
+        "skipped": 0,
+        "created_at": CREATED,
+        "updated_at": STEPPED if step else CREATED,
+    }
+
+
+def patched() -> dict[str, Any]:
+    found = session(1)
+    return found | {"name": PATCH["name"], "optimizer": found["optimizer"] | PATCH["optimizer"]}
+
+
+def forked() -> dict[str, Any]:
+    return session(1) | {"id": OTHER_ID, "created_at": STEPPED}
+
+
+def _metrics() -> dict[str, float]:
+    return {"lr": 0.01, "grad_norm": _stepped()[2]}
+
+
+def step_params() -> dict[str, Any]:
+    return dict(_plain({"step": 1, "params": _stepped()[0], "metrics": _metrics()}))
+
+
+def step_updates() -> dict[str, Any]:
+    return dict(_plain({"step": 1, "updates": _stepped()[1], "metrics": _metrics()}))
+
+
+def step_nothing() -> dict[str, Any]:
+    return {"step": 1, "metrics": _metrics()}
+
+
+def params() -> dict[str, Any]:
+    return dict(_plain({"step": 1, "params": _stepped()[0]}))
+
+
+def _file(tensors: dict[str, Any]) -> str:
+    """A safetensors file, in base64, for JSON has no bytes."""
+    pieces = safetensors.write({name: np.asarray(array, np.float32) for name, array in tensors.items()}, {})
+    return base64.b64encode(b"".join(bytes(piece) for piece in pieces)).decode()
+
+
+def gradients_file() -> str:
+    return _file(_arrays(STEP["gradients"]))
+
+
+def params_file() -> str:
+    return _file(_stepped()[0])
+
+
+def history() -> dict[str, Any]:
+    record = Record(1, STEPPED, STEP["loss"], _stepped()[2], 0.01, None)
+    return {"data": [record._asdict()], "has_more": False}
+
+
+def history_csv() -> str:
+    return f"step,time,loss,grad_norm,lr,worker\r\n1,{STEPPED},{STEP['loss']},{_stepped()[2]},0.01,\r\n"
+
+
+def events() -> str:
+    return server_sent(Event("step", STAMP.step, STAMP.commit)).decode()
+
+
+# An exception for each problem, from which its example is made.
+_ERRORS: Final[dict[str, Exception]] = {
+    "malformed-json": wire.MalformedJSON("an object has two members named 'lr'"),
+    "malformed-encoding": wire.MalformedEncoding("the gzip data is cut short"),
+    "invalid-request": service.InvalidRequest([service.Fault("/optimizer/lr", "must be at least 0")]),
+    "invalid-checkpoint": core.InvalidState("the state has no tensor 'w:m'"),
+    "unknown-tensor": core.UnknownTensor("weights", ["w", "b"]),
+    "missing-gradient": core.MissingGradient("b"),
+    "shape-mismatch": core.ShapeMismatch("w", [2, 2], [4]),
+    "rows-mismatch": core.RowsMismatch("w", "tensor 'w' has rows 0 to 1"),
+    "non-finite": core.NonFinite("w", "float32"),
+    "malformed-safetensors": wire.MalformedSafetensors("the file is cut short"),
+    "params-required": core.ParamsRequired("adamw works on the parameters, which this session's client holds"),
+    "params-held": core.ParamsHeld("this session holds the parameters itself: leave `params` out, or PUT them"),
+    "hessian-required": core.HessianRequired("newton needs the Hessian: send it as `hessian`"),
+    "key-reused": service.KeyReused("0b9f8a52-step-1"),
+    "unsupported-media-type": service.UnsupportedMedia(
+        "Content-Type", "application/x-www-form-urlencoded", ["application/json", "application/vnd.safetensors"]
+    ),
+    "not-acceptable": service.NotAcceptable("text/html", ["application/json", "text/csv"]),
+    "body-too-large": wire.BodyTooLarge(1 << 30),
+    "request-timeout": RequestTimeout(),
+    "session-not-found": service.SessionNotFound(SESSION_ID),
+    "not-found": NotFound(),
+    "method-not-allowed": MethodNotAllowed("PUT", ["GET", "HEAD", "POST", "OPTIONS"]),
+    "params-not-held": core.ParamsNotHeld("this session's client holds the parameters"),
+    "step-conflict": service.StepConflict(2, "c41e07b9aa"),
+    "store-unavailable": service.StoreUnavailable(),
+    "store-full": service.StoreFull(),
+    "state-corrupt": service.Corrupt(),
+    "internal-error": RuntimeError(),
+}
+
+
+def problem(slug: str, path: str) -> dict[str, Any]:
+    """The problem document of `slug` as a call of `path`, which may have `{session}` in it, would give it."""
+    return told(_ERRORS[slug], path.replace("{session}", SESSION_ID)).body()

@@ -1,0 +1,341 @@
+"""The OpenAPI 3.1 document of both planes, made from the table of operations, the models and the table of problems."""
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Final
+
+from pydantic import BaseModel
+
+from service import examples, kinds, schemas
+from service.operations import BASE64, OPERATIONS, SAFETENSORS, Answer, Content, Operation
+from service.problems import MEDIA_TYPE, PROBLEMS
+
+_DESCRIPTION: Final = f"""\
+Ravine keeps the state of optimizers: open a session, post a gradient each step, get parameters or updates back.
+
+Tensors travel as JSON or as safetensors (`{SAFETENSORS}`; `application/octet-stream` is read as that too). Content-Type
+says what the request holds, Accept what the reply shall hold. Examples of safetensors bodies are shown in base64.
+
+Bodies may be compressed: `Content-Encoding: gzip` or `zstd`. What is unknown, in body or query, is refused.
+
+Every error is `{MEDIA_TYPE}` (RFC 9457); its `type` is a path that a browser can open. Every reply has an
+`X-Request-Id`, which is the request's if it had one. Where there is GET, there is HEAD,
+but for the stream of events.
+"""
+
+_STRING: Final = {"type": "string"}
+_STEP_NUMBER: Final = {"type": "integer", "minimum": 0}
+
+
+def _ref(section: str, name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/{section}/{name}"}
+
+
+def _parameter(where: str, name: str, schema: dict[str, Any], example: Any, description: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "in": where,
+        "required": where == "path",
+        "description": description,
+        "schema": schema,
+        "example": example,
+    }
+
+
+_IN_BODY: Final = " For a safetensors body; in JSON it is a member of the body."
+
+PARAMETERS: Final[dict[str, dict[str, Any]]] = {
+    "Session": _parameter("path", "session", _STRING, examples.SESSION_ID, "The id of a session."),
+    "Kind": _parameter("path", "kind", _STRING, "adam", "The name of a kind."),
+    "Limit": _parameter(
+        "query", "limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, 20, "At most so many."
+    ),
+    "AfterSession": _parameter("query", "after", _STRING, examples.OTHER_ID, "The last id of the page before."),
+    "Label": _parameter(
+        "query", "label", _STRING, "team:vision", "Only sessions with this label: a key, ':', a value."
+    ),
+    "HistoryAfter": _parameter(
+        "query", "after", {**_STEP_NUMBER, "default": 0}, 41, "Only the records of steps greater than this."
+    ),
+    "HistoryLimit": _parameter(
+        "query",
+        "limit",
+        {"type": "integer", "minimum": 1, "maximum": 10_000, "default": 1000},
+        1000,
+        "At most so many.",
+    ),
+    "At": _parameter(
+        "query", "at", {"enum": ["next", "final"], "default": "next"}, "final", "Which point: see the description."
+    ),
+    "WaitAfter": _parameter("query", "after", _STEP_NUMBER, 41, "Answer as soon as the step is greater than this."),
+    "Wait": _parameter(
+        "query",
+        "wait",
+        {"type": "number", "minimum": 0, "maximum": 60, "default": 0},
+        30,
+        "Wait at most so many seconds for a step greater than `after`, then answer 304.",
+    ),
+    "Return": _parameter(
+        "query",
+        "return",
+        {"enum": ["params", "updates", "none"]},
+        "updates",
+        "What to answer. Left out: `params` where the server holds them, else `updates`." + _IN_BODY,
+    ),
+    "Loss": _parameter("query", "loss", {"type": "number"}, 0.693, "The loss at the gradient's point." + _IN_BODY),
+    "Partial": _parameter(
+        "query",
+        "partial",
+        {"type": "boolean", "default": False},
+        True,
+        "Tensors that are left out keep still." + _IN_BODY,
+    ),
+    "Worker": _parameter(
+        "query",
+        "worker",
+        {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+        "worker-3",
+        "The sender's name." + _IN_BODY,
+    ),
+    "BaseStep": _parameter(
+        "query", "base_step", _STEP_NUMBER, 41, "The step at which the gradient was taken." + _IN_BODY
+    ),
+    "Weight": _parameter(
+        "query",
+        "weight",
+        {"type": "number", "exclusiveMinimum": 0, "default": 1},
+        32,
+        "How much the contribution counts." + _IN_BODY,
+    ),
+    "IfMatch": _parameter(
+        "header",
+        "If-Match",
+        _STRING,
+        examples.STAMP.etag,
+        'Do it only if the session stands at this ETag, or at this step: `"1"`.',
+    ),
+    "IfNoneMatch": _parameter(
+        "header", "If-None-Match", _STRING, examples.STAMP.etag, "Answer 304 if the session still stands at this ETag."
+    ),
+    "IdempotencyKey": _parameter(
+        "header",
+        "Idempotency-Key",
+        {"type": "string", "minLength": 1, "maxLength": 255},
+        "0b9f8a52-step-1",
+        "Apply the step once, however often it is sent. The session remembers the last 4,096 keys.",
+    ),
+    "Prefer": _parameter("header", "Prefer", _STRING, "return=minimal", "`return=minimal` is `return=none`."),
+    "LastEventId": _parameter("header", "Last-Event-ID", _STRING, "41", "Go on after the event with this id."),
+}
+
+HEADERS: Final[dict[str, tuple[str, Any]]] = {
+    "ETag": ('The commit: `"<step>-<commit>"`.', examples.STAMP.etag),
+    "Ravine-Step": ("The step of the session.", "1"),
+    "Ravine-Replayed": ("`true` if the step was applied before, under the same Idempotency-Key.", "true"),
+    "Preference-Applied": ("`return=minimal` if Prefer asked for it.", "return=minimal"),
+    "Location": ("The path of the new session.", f"/v1/sessions/{examples.SESSION_ID}"),
+    "Link": ("Where to go on, if there are more.", '</v1/sessions/…/history?after=1000&limit=1000>; rel="next"'),
+    "Retry-After": ("Seconds after which to try again.", "1"),
+    "Accept": ("The media types that are read, or Accept-Encoding with the codings.", "application/json"),
+}
+
+# Headers of refusals, by status.
+_REFUSAL_HEADERS: Final = {415: ("Accept",), 503: ("Retry-After",)}
+
+
+def _object(required: Iterable[str], **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": properties, "additionalProperties": False}
+
+
+def _list_of(item: dict[str, Any]) -> dict[str, Any]:
+    return _object(["data", "has_more"], data={"type": "array", "items": item}, has_more={"type": "boolean"})
+
+
+_TENSORS: Final = {"type": "object", "additionalProperties": _ref("schemas", "Tensor")}
+_NULLABLE_NUMBER: Final = {"type": ["number", "null"]}
+_NAMES: Final = {"type": "array", "items": _STRING}
+_BY_DTYPE: Final = {"type": "object", "additionalProperties": {"type": "integer"}}
+
+SCHEMAS: Final[dict[str, dict[str, Any]]] = {
+    "Safetensors": {"contentMediaType": SAFETENSORS, "description": BASE64[0].upper() + BASE64[1:] + "."},
+    "Text": {"type": "string"},
+    "Empty": _object([]),
+    "Status": _object(["status"], status=_STRING),
+    "SessionList": _list_of(_ref("schemas", "Session")),
+    "RowSparse": _object(
+        ["indices", "values"],
+        indices={"type": "array", "items": _STEP_NUMBER, "description": "Row numbers; rows named twice are summed."},
+        values=_ref("schemas", "Tensor"),
+    ),
+    "Step": _object(
+        ["gradients"],
+        gradients={
+            "type": "object",
+            "additionalProperties": {"anyOf": [_ref("schemas", "Tensor"), _ref("schemas", "RowSparse")]},
+        },
+        loss={"type": "number", "description": "The loss at the gradient's point; kept in the history."},
+        params={**_TENSORS, "description": "The parameters' values, where the client holds them and the method asks."},
+        hessian={**_ref("schemas", "Tensor"), "description": "n × n over the flat parameters, in `shapes`' order."},
+        partial={"type": "boolean", "default": False, "description": "Tensors that are left out keep still."},
+        worker=PARAMETERS["Worker"]["schema"],
+        base_step=_STEP_NUMBER,
+        weight=PARAMETERS["Weight"]["schema"],
+        **{"return": PARAMETERS["Return"]["schema"]},
+    ),
+    "StepReply": _object(
+        ["step", "metrics"],
+        step=_STEP_NUMBER,
+        params=_TENSORS,
+        updates={**_TENSORS, "description": "To be added to the parameters."},
+        metrics=_object(["lr", "grad_norm"], lr={"type": "number"}, grad_norm=_NULLABLE_NUMBER),
+        skipped={"const": True, "description": "The gradient was not finite, and the session skips such steps."},
+    ),
+    "StepOnly": _object(["step"], step=_STEP_NUMBER),
+    "NewParams": _object(["params"], params=_TENSORS),
+    "Params": _object(["step", "params"], step=_STEP_NUMBER, params=_TENSORS),
+    "Record": _object(
+        ["step", "time", "loss", "grad_norm", "lr", "worker"],
+        step=_STEP_NUMBER,
+        time={"type": "string", "format": "date-time"},
+        loss=_NULLABLE_NUMBER,
+        grad_norm=_NULLABLE_NUMBER,
+        lr={"type": "number"},
+        worker={"type": ["string", "null"]},
+    ),
+    "History": _list_of(_ref("schemas", "Record")),
+    "CatalogueEntry": _object(
+        ["kind", "summary", "description", "formula", "source", "url", "schema"],
+        kind=_STRING,
+        summary=_STRING,
+        description=_STRING,
+        formula={"type": "string", "description": "LaTeX."},
+        source={"type": "string", "description": "The paper or library that it comes from."},
+        url=_STRING,
+        schema={"type": "object", "description": "JSON Schema of the object with this kind, defaults included."},
+        notes=_NAMES,
+        needs={**_NAMES, "description": "Of `params`, `loss`, `hessian`: what a step needs, by the defaults."},
+        may_need={**_NAMES, "description": "The same, under any options."},
+        slots={**_NAMES, "description": "The arrays kept per parameter, by the defaults."},
+        slots_at_most=_NAMES,
+        matrices={**_NAMES, "description": "The n × n arrays kept, by the defaults."},
+        matrices_at_most=_NAMES,
+        bytes_per_parameter={**_BY_DTYPE, "description": "The weight of the slots, by the session's dtype."},
+        bytes_per_parameter_at_most=_BY_DTYPE,
+        max_parameters={"type": ["integer", "null"]},
+        row_sparse={"type": "boolean", "description": "Whether a row-sparse gradient touches its rows alone."},
+    ),
+    "Catalogue": _list_of(_ref("schemas", "CatalogueEntry")),
+    "Problem": {
+        "type": "object",
+        "required": ["type", "title", "status", "detail", "instance"],
+        "properties": {
+            "type": {"type": "string", "format": "uri-reference"},
+            "title": _STRING,
+            "status": {"type": "integer"},
+            "detail": _STRING,
+            "instance": {"type": "string", "format": "uri-reference"},
+            "errors": {
+                "type": "array",
+                "items": _object(["pointer", "detail"], pointer=_STRING, detail=_STRING),
+                "description": "Each fault with a JSON pointer into the body, or /query/… or /headers/….",
+            },
+            "tensor": _STRING,
+            "expected": {"type": "array", "items": _STEP_NUMBER},
+            "received": {"type": "array", "items": _STEP_NUMBER},
+            "step": _STEP_NUMBER,
+            "limit": {"type": "integer"},
+            "accepted": _NAMES,
+            "offered": _NAMES,
+        },
+    },
+}
+
+
+@cache
+def openapi(version: str) -> dict[str, Any]:
+    """The document as JSON values. It is shared: not to be changed."""
+    paths: dict[str, Any] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
+    models: list[type[BaseModel]] = [
+        schemas.NewSession,
+        schemas.SessionPatch,
+        schemas.Session,
+        *kinds.AVERAGINGS.values(),
+    ]
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Ravine",
+            "version": version,
+            "summary": "Optimization as a service.",
+            "description": _DESCRIPTION,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "tags": [{"name": tag} for tag in dict.fromkeys(operation.tag for operation in OPERATIONS)],
+        "paths": paths,
+        "components": {
+            "schemas": dict(sorted((kinds.components(models) | SCHEMAS).items())),
+            "parameters": PARAMETERS,
+            "headers": {
+                name: {"description": text, "schema": _STRING, "example": example}
+                for name, (text, example) in HEADERS.items()
+            },
+        },
+    }
+
+
+def _operation(operation: Operation) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "operationId": operation.id,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "parameters": [_ref("parameters", name) for name in operation.parameters],
+    }
+    if operation.description:
+        made["description"] = operation.description
+    if operation.body:
+        made["requestBody"] = {"required": operation.body_required, "content": _contents(operation.body)}
+    answers = {str(status): _answer(answer) for status, answer in operation.answers.items()}
+    return made | {"responses": answers | _refusals(operation)}
+
+
+def _contents(contents: Iterable[Content]) -> dict[str, Any]:
+    return {
+        content.media: {
+            "schema": _ref("schemas", content.schema),
+            "examples": {
+                f"example{index}": {"summary": summary, "value": value}
+                for index, (summary, value) in enumerate(content.examples.items(), 1)
+            },
+        }
+        for content in contents
+    }
+
+
+def _answer(answer: Answer) -> dict[str, Any]:
+    made: dict[str, Any] = {"description": answer.description}
+    if answer.headers:
+        made["headers"] = {name: _ref("headers", name) for name in answer.headers}
+    if answer.contents:
+        made["content"] = _contents(answer.contents)
+    return made
+
+
+def _refusals(operation: Operation) -> dict[str, Any]:
+    by_status: dict[int, list[str]] = {}
+    for slug in dict.fromkeys(operation.problems):
+        by_status.setdefault(PROBLEMS[slug].status, []).append(slug)
+    made = {}
+    for status, slugs in sorted(by_status.items()):
+        shown = {
+            slug: {"summary": PROBLEMS[slug].title, "value": examples.problem(slug, operation.path)} for slug in slugs
+        }
+        made[str(status)] = {
+            "description": "; ".join(f"`{slug}`: {PROBLEMS[slug].title}" for slug in slugs),
+            "content": {MEDIA_TYPE: {"schema": _ref("schemas", "Problem"), "examples": shown}},
+        }
+        if status in _REFUSAL_HEADERS:
+            made[str(status)]["headers"] = {name: _ref("headers", name) for name in _REFUSAL_HEADERS[status]}
+    return made

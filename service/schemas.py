@@ -1,0 +1,336 @@
+"""The control plane's JSON <-> the core's own objects.
+
+    parse_create    body of POST /v1/sessions        -> Document, params
+    patch           body of PATCH /v1/sessions/{id}  -> Document -> Document
+    recipe_of       Recipe.describe()                -> Recipe
+    document_of     Document.describe()              -> Document
+
+All of them raise InvalidRequest, whose faults point into what was given (RFC 6901). What a hyperparameter may be is
+not said here: see kinds.py.
+
+A group's hyperparameters are those of the session's optimizer, all optional, so they are read once its kind is known.
+Tensors are left alone by pydantic, which would look at every number by itself; wire.json converts them.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+)
+from typing_extensions import TypeAliasType
+
+from core.errors import InvalidRecipe
+from core.layout import MAX_DIMENSIONS, MAX_SIZE, Array, Layout
+from core.recipe import Group, Recipe
+from service.documents import Document
+from service.errors import Fault, InvalidRequest
+from service.faults import faults_of
+from service.kinds import AVERAGINGS, OPTIMIZERS, OVERRIDES, Kinds, Strict, by_name, core_object
+from service.wire.errors import InvalidValue
+from service.wire.json import pointer, tensor
+
+MAX_LABELS = 32
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# -- the members of a session ------------------------------------------------------------------------------------------
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("must be made of printable characters")
+    return text
+
+
+def _label_key(text: str) -> str:
+    if ":" in text:
+        raise ValueError("a label's key has no ':', which parts it from the value in ?label=team:vision")
+    return text
+
+
+def _possible(shape: list[int]) -> list[int]:
+    if math.prod(extent or 1 for extent in shape) > MAX_SIZE:  # NumPy refuses it even where an extent of 0 empties it
+        raise ValueError(f"its extents other than 0 multiply to more than {MAX_SIZE}")
+    return shape
+
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_printable)]
+LabelKey = Annotated[
+    str, StringConstraints(min_length=1, max_length=63), AfterValidator(_printable), AfterValidator(_label_key)
+]
+LabelValue = Annotated[str, StringConstraints(max_length=63), AfterValidator(_printable)]
+Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=MAX_LABELS)]
+Extent = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+Shape = Annotated[list[Extent], Field(max_length=MAX_DIMENSIONS), AfterValidator(_possible)]
+Dtype = Literal["float32", "float64"]
+NonFinitePolicy = Literal["reject", "skip"]
+NamedOptimizer = Annotated[Any, Kinds("Optimizer", OPTIMIZERS, by_name=True)]
+NamedAveraging = Annotated[Any, Kinds("Averaging", AVERAGINGS, by_name=True)]
+
+
+Tensor = TypeAliasType(
+    "Tensor",
+    Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "type": ["number", "array"],
+                "description": "A number, or rectangular nested lists of numbers.",
+                "examples": [0.5, [[1.0, 2.0], [3.0, 4.0]]],
+            }
+        ),
+    ],
+)
+
+
+def _no_transform(value: object) -> object:
+    kind = value.get("kind") if isinstance(value, Mapping) else value
+    raise ValueError(f"there is no transform {str(kind)[:64]!r}: this version has none")
+
+
+Transform = Annotated[dict[str, Any], AfterValidator(_no_transform)]
+
+
+class HyperparameterGroup(Strict):
+    """Hyperparameters of their own for the tensors whose name matches a glob; the last group that matches decides.
+
+    Beside `match` and `frozen`, any hyperparameter of the session's optimizer may stand here.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    match: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    frozen: bool = False
+
+
+class Aggregation(Strict):
+    """How the gradients of several workers become steps: each of them is one."""
+
+    mode: Literal["async"] = "async"
+
+
+class _Settings(Strict):
+    optimizer: NamedOptimizer
+    dtype: Dtype = "float32"
+    groups: list[HyperparameterGroup] = Field(default=[])
+    averaging: NamedAveraging | None = None
+    non_finite: NonFinitePolicy = "reject"
+
+
+class NewSession(_Settings):
+    """Give exactly one of `params` (the server holds the parameters) and `shapes` (the client does)."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["params"]}, {"required": ["shapes"]}]})
+
+    params: dict[str, Tensor] = Field(default_factory=dict)
+    shapes: dict[str, Shape] = Field(default_factory=dict)
+    name: Name | None = None
+    labels: Labels = Field(default={})
+    transforms: list[Transform] = Field(default=[])
+    aggregation: Aggregation = Aggregation()
+
+
+class RecipeDocument(_Settings):
+    """What `Recipe.describe` gives."""
+
+    shapes: dict[str, Shape]
+
+
+class SessionDocument(RecipeDocument):
+    """What `Document.describe` gives."""
+
+    name: Name | None
+    labels: Labels
+    aggregation: Aggregation
+    transforms: list[Transform]
+    created_at: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")]
+
+
+class Session(SessionDocument):
+    """A session: what was asked for, every default filled in, and where it stands."""
+
+    id: Annotated[str, StringConstraints(pattern="^ses_[a-z0-9]{20,}$")]
+    step: Annotated[int, Field(ge=0, description="The number of updates applied so far.")]
+    size: Annotated[int, Field(ge=0, description="The number of parameters.")]
+    state_bytes: Annotated[int, Field(ge=0, description="Bytes of all slots, and of the parameters if they are held.")]
+    holds_params: Annotated[bool, Field(description="Whether the server holds the parameters.")]
+    skipped: Annotated[int, Field(ge=0, description="Gradients that were not finite, and not applied.")]
+    updated_at: str
+
+
+class SessionPatch(Strict):
+    """What is given changes, the rest stays, the moments too. `name: null` clears the name; `labels`, `groups` and
+    `transforms` replace what was there as a whole. Of `optimizer` only the hyperparameters given change; its kind may
+    be left out and cannot change."""
+
+    name: Name | None = None
+    labels: Labels = Field(default={})
+    optimizer: dict[str, Any] = Field(default={})
+    groups: list[HyperparameterGroup] = Field(default=[])
+    transforms: list[Transform] = Field(default=[])
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def parse_create(body: object) -> tuple[Document, dict[str, Array] | None]:
+    """A new session, and its parameters as float64 arrays where the body brings them. Raises InvalidRequest."""
+    given = _object(body)
+    faults = []
+    if ("params" in given) == ("shapes" in given):
+        faults.append(Fault("", "exactly one of `params` and `shapes` is required"))
+    parsed = _validated(NewSession, given, faults)
+    if "params" not in given:
+        return _document(parsed, _recipe(parsed, parsed.shapes)), None
+    arrays = _tensors(parsed.params)
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return _document(parsed, _recipe(parsed, shapes, "params")), arrays
+
+
+def recipe_of(described: Mapping[str, Any]) -> Recipe:
+    """The inverse of Recipe.describe(). Raises InvalidRequest."""
+    parsed = _validated(RecipeDocument, _object(described))
+    return _recipe(parsed, parsed.shapes)
+
+
+def document_of(described: Mapping[str, Any]) -> Document:
+    """The inverse of Document.describe(). Raises InvalidRequest."""
+    parsed = _validated(SessionDocument, _object(described))
+    return _document(parsed, _recipe(parsed, parsed.shapes), created_at=parsed.created_at)
+
+
+def patch(body: object) -> Callable[[Document], Document]:
+    """The change that a PATCH asks for; it, too, raises InvalidRequest, for what depends on the session's optimizer."""
+    given = _object(body)
+    fixed = {**NewSession.model_fields, **Session.model_fields}.keys() - SessionPatch.model_fields.keys()
+    faults = [Fault(pointer("", name), "this member of a session cannot change") for name in given if name in fixed]
+    if isinstance(given.get("optimizer"), str):
+        given = {**given, "optimizer": {"kind": given["optimizer"]}}
+    parsed = _validated(SessionPatch, {name: value for name, value in given.items() if name not in fixed}, faults)
+
+    def change(document: Document) -> Document:
+        return _patched(document, parsed)
+
+    return change
+
+
+def _patched(document: Document, parsed: SessionPatch) -> Document:
+    old, given = document.recipe, parsed.model_fields_set
+    kind, hyperparameters = old.optimizer.kind, dict(parsed.optimizer)
+    if hyperparameters.pop("kind", kind) != kind:
+        raise InvalidRequest(
+            [Fault("/optimizer/kind", f"the kind of a session's optimizer cannot change: it is {kind}")]
+        )
+    faults: list[Fault] = []
+    changes = _override(kind, hyperparameters, "/optimizer", faults)
+    groups = _groups(kind, parsed.groups, faults) if "groups" in given else old.groups
+    _refuse(faults)
+    try:
+        optimizer = replace(old.optimizer, **changes)
+    except InvalidRecipe as error:
+        raise _rooted(error, "/optimizer") from None
+    try:
+        recipe = replace(old, optimizer=optimizer, groups=groups)
+    except InvalidRecipe as error:
+        raise _rooted(error) from None
+    document = replace(document, recipe=recipe)
+    if "name" in given:
+        document = replace(document, name=parsed.name)
+    if "labels" in given:
+        document = replace(document, labels=parsed.labels)
+    return replace(document, transforms=tuple(parsed.transforms)) if "transforms" in given else document
+
+
+def _object(body: object) -> dict[str, Any]:
+    if not isinstance(body, Mapping):
+        raise InvalidRequest([Fault("", "the body must be a JSON object")])
+    return dict(body)
+
+
+def _validated(model: type[Model], given: dict[str, Any], faults: Iterable[Fault] = ()) -> Model:
+    """`given` as `model`. Raises InvalidRequest with `faults` and all that is found beside them."""
+    found = list(faults)
+    seen = {fault.pointer for fault in found}
+    parsed = None
+    try:
+        parsed = model.model_validate(given)
+    except ValidationError as error:
+        found += [fault for fault in faults_of(error, given, model) if fault.pointer not in seen]
+    optimizer = by_name(given.get("optimizer"))
+    kind = optimizer.get("kind") if isinstance(optimizer, Mapping) else None
+    if isinstance(kind, str) and kind in OVERRIDES and model is not SessionPatch:
+        _check_groups(kind, given.get("groups"), found)
+    _refuse(found)
+    assert parsed is not None
+    return parsed
+
+
+def _check_groups(kind: str, groups: object, faults: list[Fault]) -> None:
+    for index, group in enumerate(groups if isinstance(groups, list) else ()):
+        if isinstance(group, Mapping):
+            own = {name: value for name, value in group.items() if name not in HyperparameterGroup.model_fields}
+            _override(kind, own, f"/groups/{index}", faults)
+
+
+def _override(kind: str, given: dict[str, Any], at: str, faults: list[Fault]) -> dict[str, Any]:
+    """Hyperparameters of `kind` as the core has them; what is wrong goes to `faults`."""
+    try:
+        parsed = OVERRIDES[kind].model_validate(given)
+    except ValidationError as error:
+        faults += faults_of(error, given, OVERRIDES[kind], at)
+        return {}
+    return {name: core_object(getattr(parsed, name)) for name in given}
+
+
+def _groups(kind: str, groups: list[HyperparameterGroup], faults: list[Fault]) -> tuple[Group, ...]:
+    return tuple(
+        Group(group.match, _override(kind, dict(group.model_extra or {}), f"/groups/{index}", faults), group.frozen)
+        for index, group in enumerate(groups)
+    )
+
+
+def _recipe(parsed: _Settings, shapes: Mapping[str, Any], where: str = "shapes") -> Recipe:
+    try:
+        optimizer = core_object(parsed.optimizer)
+    except InvalidRecipe as error:
+        raise _rooted(error, "/optimizer") from None
+    try:
+        average = core_object(parsed.averaging)
+    except InvalidRecipe as error:
+        raise _rooted(error, "/averaging") from None
+    groups = _groups(optimizer.kind, parsed.groups, [])
+    try:
+        return Recipe(optimizer, Layout(shapes), parsed.dtype, groups, average, parsed.non_finite)
+    except InvalidRecipe as error:
+        error.pointer = error.pointer.replace("/shapes", f"/{where}", 1)
+        raise _rooted(error) from None
+
+
+def _document(parsed: "NewSession | SessionDocument", recipe: Recipe, **more: str) -> Document:
+    aggregation = parsed.aggregation.model_dump()
+    return Document(recipe, parsed.name, parsed.labels, aggregation, tuple(parsed.transforms), **more)
+
+
+def _tensors(params: dict[str, Any]) -> dict[str, Array]:
+    try:
+        return {name: tensor(value, pointer("/params", name)) for name, value in params.items()}
+    except InvalidValue as error:
+        raise InvalidRequest([Fault(error.pointer, error.message)]) from None
+
+
+def _rooted(error: InvalidRecipe, at: str = "") -> InvalidRequest:
+    return InvalidRequest([Fault(at + error.pointer, error.reason)])
+
+
+def _refuse(faults: list[Fault]) -> None:
+    if faults:
+        raise InvalidRequest(faults)
