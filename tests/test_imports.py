@@ -34,7 +34,9 @@ LAYERS: dict[str, set[str]] = {
     "service.logs": {"service.settings"},
     "service.pages": set(),
     "service.bell": set(),
-    "service.embedded": {"service.errors"},
+    "service.memory": set(),
+    "service.valkey": set(),
+    "service.embedded": {"service.errors", "service.valkey"},
     "service.ids": {"service.errors"},
     # Bytes, arrays, and what they mean
     "service.wire": CORE | WIRE | {"service.errors"},
@@ -43,14 +45,18 @@ LAYERS: dict[str, set[str]] = {
     "service.kinds": CORE | {"service.errors", "service.faults"},
     "service.documents": CORE | WIRE | {"service.errors"},
     "service.schemas": CORE | WIRE | {"service.errors", "service.documents", "service.faults", "service.kinds"},
+    "service.tensors": CORE | WIRE,
     # Redis
     "service.link": CORE | {"service.errors"},
     "service.records": CORE | WIRE | {"service.errors", "service.link"},
     "service.store": CORE | WIRE | {"service.errors", "service.link", "service.records"},
     # Sessions that live: nothing of HTTP
-    "service.live": CORE | {"service.errors", "service.documents", "service.records", "service.store"},
+    "service.live": CORE
+    | WIRE
+    | {"service.tensors", "service.errors", "service.documents", "service.records", "service.store"},
     "service.commits": CORE
-    | {"service.errors", "service.documents", "service.ids", "service.live", "service.records", "service.store"},
+    | {"service.errors", "service.documents", "service.ids", "service.live", "service.records", "service.store"}
+    | {"service.tensors"},
     "service.engine": CORE
     | WIRE
     | {"service.errors", "service.documents", "service.ids", "service.bell"}
@@ -58,7 +64,7 @@ LAYERS: dict[str, set[str]] = {
     # What a client sees
     "service.problems": CORE | WIRE | {"service.errors", "service.pages"},
     "service.http": WIRE | {"service.errors", "service.documents", "service.problems"},
-    "service.contributions": CORE | WIRE | {"service.errors", "service.http"},
+    "service.contributions": CORE | WIRE | {"service.errors", "service.http", "service.tensors"},
     "service.replies": CORE | WIRE | HTTP | {"service.errors", "service.documents"},
     "service.catalogue": CORE | {"service.kinds", "service.schemas"},
     "service.examples": CORE
@@ -74,12 +80,21 @@ LAYERS: dict[str, set[str]] = {
     | REFERENCE
     | {"service.errors", "service.documents", "service.schemas", "service.pages", "service.engine"},
     "service.data": CORE
+    | REFERENCE
     | WIRE
     | HTTP
     | {"service.errors", "service.documents", "service.contributions", "service.replies", "service.engine"},
     # The one place that constructs things, and what starts it
     "service.app": {"core", "core.*", "service.*"},
-    "service.cli": {"service", "service.app", "service.settings", "service.logs", "service.embedded", "service.errors"},
+    "service.cli": {
+        "service",
+        "service.memory",
+        "service.app",
+        "service.settings",
+        "service.logs",
+        "service.embedded",
+        "service.errors",
+    },
     "service.__main__": {"service.cli"},
 }
 

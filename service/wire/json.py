@@ -97,12 +97,12 @@ _KINDS: Final[dict[type, str]] = {
 }
 
 
-def tensor(value: object, pointer: str) -> npt.NDArray[np.float64]:
+def tensor(value: object, pointer: str, dimensions: int = MAX_DIMENSIONS) -> npt.NDArray[np.float64]:
     """Return a number, or rectangular nested lists of numbers, as a C-contiguous float64 array.
 
     A number has shape (), `[]` shape (0,), `[[], []]` shape (2, 0). Raises InvalidValue for all else (NumPy would
     take `true`, `"1"` and null for numbers), with the pointer of the first wrong element, `pointer` being that
-    of `value` itself; and for more than `MAX_DIMENSIONS` dimensions.
+    of `value` itself; and for more than so many `dimensions`.
     """
     # One list per level, flattened as the levels are entered: all loops over numbers are C's.
     shape: list[int] = []
@@ -110,8 +110,8 @@ def tensor(value: object, pointer: str) -> npt.NDArray[np.float64]:
     while not (kinds := set(map(type, row))) <= _NUMBERS:
         if kinds != {list}:
             raise _unexpected(row, shape, pointer)
-        if len(shape) == MAX_DIMENSIONS:
-            raise InvalidValue(pointer, f"a tensor of more than {MAX_DIMENSIONS} dimensions")
+        if len(shape) == dimensions:
+            raise InvalidValue(pointer, f"a tensor of more than {dimensions} dimensions")
         lengths = set(map(len, row))
         if len(lengths) > 1:
             raise _ragged(row, shape, pointer)

@@ -58,14 +58,15 @@ _ADDRESSES: Final = 1 << 64
 _NESTING: Final = 127  # the reference's parser counts down from 128
 
 
-def read(buffer: bytes | bytearray | memoryview) -> tuple[dict[str, Array], dict[str, str]]:
+def read(buffer: bytes | bytearray | memoryview, *, bounded: bool = True) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the tensors, as views of `buffer` in the order of their offsets, and the metadata (`{}` if none).
 
-    Raises MalformedSafetensors.
+    `bounded` false is for files of our own, which may have longer headers and more tensors than are taken from
+    others. Raises MalformedSafetensors.
     """
-    start, header = _header(memoryview(buffer))
+    start, header = _header(memoryview(buffer), bounded=bounded)
     metadata = _metadata(header.pop(METADATA, None))
-    if len(header) > MAX_TENSORS:
+    if bounded and len(header) > MAX_TENSORS:
         raise MalformedSafetensors(f"the file has {len(header)} tensors; {MAX_TENSORS} are the most allowed")
     records = [_record(name, info) for name, info in header.items()]
     records.sort(key=_offsets)
@@ -129,12 +130,12 @@ def _by_item_size(item: tuple[str, Array]) -> int:
 # -- the header ------------------------------------------------------------------------------------------------
 
 
-def _header(view: memoryview) -> tuple[int, dict[str, object]]:
+def _header(view: memoryview, *, bounded: bool) -> tuple[int, dict[str, object]]:
     """Where the tensors' bytes start, and the header's members."""
     if len(view) < 8:
         raise MalformedSafetensors(f"the file is {len(view)} bytes long; its header's length alone takes 8")
     length = int.from_bytes(view[:8], "little")
-    if length > MAX_HEADER:
+    if bounded and length > MAX_HEADER:
         raise MalformedSafetensors(f"the header is {length} bytes long; {MAX_HEADER} are the most allowed")
     if length > len(view) - 8:
         raise MalformedSafetensors(f"the header is {length} bytes long, but only {len(view) - 8} follow")

@@ -1,0 +1,91 @@
+"""Log lines: structured, on standard error, each with the id of the request that it belongs to.
+
+A line per request would cost 50 µs through a logging framework, half of what a small step takes. So these lines are
+made here and written together ten times a second; everything else goes through structlog.
+"""
+
+import asyncio
+import sys
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+import orjson
+import structlog
+
+request_id: ContextVar[str] = ContextVar("request_id", default="")
+FLUSH_SECONDS = 0.1
+
+
+def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
+    """Once, at the start of the process."""
+    renderer: Any = structlog.processors.JSONRenderer()
+    if form == "text":
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(),
+            pad_event_to=0,
+            # the pretty one shows local variables: bodies, and secrets
+            exception_formatter=structlog.dev.plain_traceback,
+        )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            _with_request,
+            structlog.processors.format_exc_info if form == "json" else _as_it_is,
+            renderer,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(stream),
+        cache_logger_on_first_use=True,
+    )
+
+
+def _as_it_is(_logger: Any, _method: str, event: Any) -> Any:
+    return event
+
+
+def _with_request(_logger: Any, _method: str, event: Any) -> Any:
+    if current := request_id.get():
+        event["request_id"] = current
+    return event
+
+
+class AccessLog:
+    """A line per request."""
+
+    def __init__(self, form: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
+        self._json = form == "json"
+        self._stream = stream
+        self._lines: list[str] = []
+        self._scheduled = False
+
+    def write(self, method: str, path: str, status: int, seconds: float, request: str) -> None:
+        moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        if self._json:
+            line = orjson.dumps(
+                {
+                    "event": "request",
+                    "level": "info",
+                    "time": moment,
+                    "method": method,
+                    "path": path,
+                    "status": status,
+                    "ms": round(seconds * 1e3, 3),
+                    "request_id": request,
+                }
+            ).decode()
+        else:
+            # A path arrives decoded and may hold line breaks and worse.
+            shown = path if path.isprintable() else ascii(path)
+            line = f"{moment} {method} {shown} {status} {seconds * 1e3:.1f} ms request_id={request}"
+        self._lines.append(line)
+        if not self._scheduled:
+            self._scheduled = True
+            asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        self._scheduled = False
+        if self._lines:
+            self._stream.write("\n".join(self._lines) + "\n")
+            self._stream.flush()
+            self._lines.clear()
