@@ -10,13 +10,12 @@ import re
 import secrets
 import threading
 import time
-from importlib.metadata import version
 from typing import Any
 
 import structlog
 
 from core.evaluate import Evaluator, Spec
-from service import schemas
+from service import __version__, schemas
 from service.control import create_control
 from service.data import DataPlane
 from service.embedded import Embedded
@@ -27,6 +26,7 @@ from service.logs import AccessLog, request_id
 from service.replies import refusal
 from service.settings import Settings
 from service.store import Store
+from service.valkey import EmbeddedFailed
 
 log = structlog.get_logger("ravine")
 
@@ -66,10 +66,11 @@ class App:
         self._store = Store(url)
         await self._open(self._store)
         evaluator = Evaluator(self._compile if self.settings.jit else None)
-        self._engine = Engine(self._store, evaluator, schemas.document_of, self.settings.memory)
+        budget, max_state = self.settings.memory, self.settings.max_state
+        self._engine = Engine(self._store, evaluator, schemas.document_of, budget, max_state)
         await self._engine.start()
         self._data = DataPlane(self._engine, self.settings.max_body)
-        self._control = create_control(self._engine, max_body=self.settings.max_body, version=version("ravine"))
+        self._control = create_control(self._engine, max_body=self.settings.max_body, version=__version__)
 
     async def _open(self, store: Store) -> None:
         for attempt in range(STORE_SECONDS * 2):
@@ -126,7 +127,10 @@ class App:
         await receive()
         try:
             await self.start()
-        except (StoreUnavailable, OSError, RuntimeError) as error:
+        except Exception as error:
+            await self.stop()
+            if not isinstance(error, StoreUnavailable | OSError | EmbeddedFailed):
+                log.exception("the service could not start")
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         await send({"type": "lifespan.startup.complete"})

@@ -67,7 +67,9 @@ def serve(
         settings = Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         for fault in error.errors():
-            typer.echo(f"ravine: {'.'.join(map(str, fault['loc']))}: {fault['msg']}", err=True)
+            typer.echo(
+                f"ravine: {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}", err=True
+            )
         raise typer.Exit(2) from None
     logs.configure(settings.log_format)
     memory.return_large_arrays()
@@ -78,6 +80,7 @@ def _run(settings: Settings) -> int:
     app = create_app(settings)
     config = uvicorn.Config(
         app,
+        lifespan="on",
         host=settings.host,
         port=settings.port,
         log_config=None,

@@ -57,12 +57,17 @@ LARGE = 64 * 1024 * 1024
 
 
 class Engine:
-    """`budget` is the memory in bytes that live sessions may take; `read_document` makes a Document of its JSON."""
+    """`read_document` makes a Document of its JSON. Live sessions may take `budget` bytes of memory together, the
+    state of one of them `max_state`.
+    """
 
-    def __init__(self, store: Store, evaluator: Evaluator, read_document: DocumentReader, budget: int) -> None:
+    def __init__(
+        self, store: Store, evaluator: Evaluator, read_document: DocumentReader, budget: int, max_state: int
+    ) -> None:
         self._store = store
         self.evaluator = evaluator
         self._read_document = read_document
+        self._max_state = max_state
         self._budget = budget
         self._live: OrderedDict[str, Live] = OrderedDict()
         self._costs: dict[str, int] = {}
@@ -104,10 +109,10 @@ class Engine:
         return await self._create(session, document)
 
     def _check_size(self, recipe: Recipe, where: str) -> None:
-        """Raises InvalidRequest, before any array is made, for a session that alone is more than memory may hold."""
+        """Raises InvalidRequest, before any array is made, for a state that is larger than allowed."""
         needed = recipe.state_bytes() + recipe.layout.size * recipe.numpy_dtype.itemsize
-        if needed > self._budget:
-            sentence = f"parameters and slots would take {needed} bytes; a session may have {self._budget}"
+        if needed > self._max_state:
+            sentence = f"parameters and slots would take {needed} bytes; a session may have {self._max_state}"
             raise InvalidRequest([Fault(where, sentence)])
 
     async def fork(self, id_: str) -> tuple[dict[str, Any], Stamp]:
@@ -202,7 +207,9 @@ class Engine:
     async def patch(
         self, id_: str, change: Callable[[Document], Document], if_match: Precondition | None
     ) -> tuple[dict[str, Any], Stamp]:
-        before, after = await self._enqueue(id_, Change(new_future(), if_match, change=change))
+        before, after = await self._enqueue(
+            id_, Change(new_future(), if_match, change=lambda old: self._bounded(change(old)))
+        )
         gone = before.labels.items() - after.labels.items()
         await self._store.enter(id_, after.labels.items())
         if gone:

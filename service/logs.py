@@ -30,7 +30,7 @@ def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr) -> Non
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time" if form == "json" else "timestamp"),
             _with_request,
             structlog.processors.format_exc_info if form == "json" else _as_it_is,
             renderer,

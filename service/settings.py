@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for machines.")
     max_body: Bytes = Field(2**30, description="Largest body of a request, before and after inflation.")
+    max_state: Bytes = Field(
+        4 * 2**30, description="Largest state of a session, parameters and slots, in bytes or such as 4GiB."
+    )
     jit: bool = Field(True, description="Compile the optimizers of large sessions, where Numba is installed.")
     drain_seconds: float = Field(
         30.0, ge=0, description="How long requests under way may take once the service was told to stop."

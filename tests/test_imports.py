@@ -85,7 +85,7 @@ LAYERS: dict[str, set[str]] = {
     | HTTP
     | {"service.errors", "service.documents", "service.contributions", "service.replies", "service.engine"},
     # The one place that constructs things, and what starts it
-    "service.app": {"core", "core.*", "service.*"},
+    "service.app": {"core", "core.*", "service", "service.*"},
     "service.cli": {
         "service",
         "service.memory",
