@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 UV     ?= uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: help serve check test soak demo bench oracles lock clean
+.PHONY: help serve check test soak demo bench bench-peers oracles lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -51,8 +51,15 @@ soak: $(VENV)/.test  ## 200 kills at random moments
 demo: $(VENV)/.demo  ## train digits with four optimizers over HTTP; writes two pictures
 	$(BIN)/python examples/digits.py $(ARGS)
 
-bench: $(VENV)/.test  ## the benchmarks; writes benchmarks/RESULTS.md
+bench: $(VENV)/.test  ## the benchmarks; writes benchmarks/RESULTS.md (ARGS="S1 L1" runs some of them)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: benchmarks/peers/.venv/.made  ## an environment with what `make bench` compares with (torch: gigabytes)
+
+benchmarks/peers/.venv/.made:
+	@$(PYTHON) -m venv benchmarks/peers/.venv
+	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet 'torch==2.13.0'
+	@touch $@
 
 oracles: $(VENV)/.test  ## make the golden values anew (needs torch, optax and scipy: gigabytes)
 	@$(PIP) 'torch==2.13.0' && $(PIP) --group oracles

@@ -207,9 +207,12 @@ class Engine:
     async def patch(
         self, id_: str, change: Callable[[Document], Document], if_match: Precondition | None
     ) -> tuple[dict[str, Any], Stamp]:
-        before, after = await self._enqueue(
-            id_, Change(new_future(), if_match, change=lambda old: self._bounded(change(old)))
-        )
+        def bounded(document: Document) -> Document:
+            changed = change(document)
+            self._check_size(changed.recipe, "/optimizer")
+            return changed
+
+        before, after = await self._enqueue(id_, Change(new_future(), if_match, change=bounded))
         gone = before.labels.items() - after.labels.items()
         await self._store.enter(id_, after.labels.items())
         if gone:
