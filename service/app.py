@@ -49,6 +49,7 @@ class App:
         self._engine: Engine | None = None
         self._data: DataPlane | None = None
         self._control: Any = None
+        self._told_to_stop = False
 
     @property
     def store_place(self) -> str:
@@ -74,6 +75,8 @@ class App:
 
     async def _open(self, store: Store) -> None:
         for attempt in range(STORE_SECONDS * 2):
+            if self._told_to_stop:
+                raise StoreUnavailable("told to stop while waiting for the store")
             try:
                 await store.open()
             except StoreUnavailable as error:
@@ -97,6 +100,10 @@ class App:
         assert self._engine is not None
         evaluator = self._engine.evaluator
         threading.Thread(target=compile_, name="compile", daemon=True).start()
+
+    def tell_to_stop(self) -> None:
+        """Nothing more is waited for at the start. Safe in a signal handler."""
+        self._told_to_stop = True
 
     def drain(self) -> None:
         if self._data is not None:

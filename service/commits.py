@@ -291,10 +291,10 @@ class Committer:
         assert change.step is not None
         returns = self._returns(live, change.step)
         kept = live.kept.get(done.worker)
-        stamp = live.stamp
+        # Current parameters go with the current stamp; whatever else is told is told of the step that the key took.
+        stamp = live.stamp if returns == "params" else Stamp(done.step, done.commit)
         params = updates = None
         if returns == "updates":
-            stamp = Stamp(done.step, done.commit)
             updates = kept.updates if kept is not None and kept.step == done.step else None
         elif returns == "params":
             params = live.session.next_point()
