@@ -35,6 +35,7 @@ class Spec(NamedTuple):
     coefficients: int
     dtype: str
     add: bool  # out = p + u, or out = u
+    in_place: bool = False  # out is p: a loop of its own, since the compiler gives up vector code where arrays overlap
 
 
 class Run(NamedTuple):
@@ -66,14 +67,15 @@ class Evaluator:
         """
         with np.errstate(over="ignore"):
             scalars = [run.g.dtype.type(value) for value in coefficients]
-        spec = Spec(update, needs_params, len(run.slots), len(scalars), run.g.dtype.name, add)
+        in_place = add and run.out is run.params
+        spec = Spec(update, needs_params, len(run.slots), len(scalars), run.g.dtype.name, add, in_place)
         kernel = self._kernels.get(spec)
         if kernel is None:
             self._ask(spec, len(run.g))
             _run_blocks(update, run, scalars, needs_params=needs_params, add=add)
         else:
             params = run.g if run.params is None else run.params
-            kernel(run.g, params, *run.slots, run.out, *scalars)
+            kernel(run.g, params, *run.slots, *(() if in_place else (run.out,)), *scalars)
 
     def _ask(self, spec: Spec, size: int) -> None:
         if not self.available or self._on_missing is None or size < WORTH_COMPILING or spec in self._asked:
@@ -108,12 +110,14 @@ def _compiled(spec: Spec) -> Callable[..., None]:
     scalars = [f"c{i}" for i in range(spec.coefficients)]
     elements = ["g[i]", *(["p[i]"] if spec.needs_params else []), *[f"{slot}[i]" for slot in slots], *scalars]
     results = ["u", *[f"{slot}_" for slot in slots]]
+    out = "p" if spec.in_place else "out"
+    arrays = ["g", "p", *slots, *([] if spec.in_place else ["out"])]
     lines = [
-        f"def kernel({', '.join(['g', 'p', *slots, 'out', *scalars])}):",
+        f"def kernel({', '.join([*arrays, *scalars])}):",
         "    for i in range(uintp(g.size)):",
         f"        {', '.join(results)}{',' if not slots else ''} = update({', '.join(elements)})",
         *[f"        {slot}[i] = {slot}_" for slot in slots],
-        f"        out[i] = {'p[i] + u' if spec.add else 'u'}",
+        f"        {out}[i] = {'p[i] + u' if spec.add else 'u'}",
     ]
     namespace: dict[str, Any] = {
         "update": numba.njit(inline="always", error_model="numpy")(spec.update),
@@ -124,7 +128,9 @@ def _compiled(spec: Spec) -> Callable[..., None]:
     scalar = getattr(numba, spec.dtype)
     # Gradients may be views of a request's bytes, which cannot be written. A writable array passes as such a one too.
     seen, changed = numba.types.Array(scalar, 1, "C", readonly=True), numba.types.Array(scalar, 1, "C")
-    kernel.compile((seen, seen) + (changed,) * (1 + spec.slots) + (scalar,) * spec.coefficients)
+    before = (seen, changed) if spec.in_place else (seen, seen)
+    after = (changed,) * (spec.slots + (not spec.in_place))
+    kernel.compile((*before, *after) + (scalar,) * spec.coefficients)
     kernel.disable_compile()
     compiled: Callable[..., None] = kernel
     return compiled

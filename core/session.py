@@ -275,13 +275,13 @@ class Session:
     def _run(self, rule: ElementWise, slot: Slot, gradient: Gradient, out: Array) -> Run:
         """The stretches of state and result that belong to `slot`; the gradient is still to come."""
         flat = slice(slot.start, slot.stop)
-        params = None
+        target, params = out[flat], None
         if self.state.params is not None:
-            params = self.state.params[flat]
+            params = target if self.state.params is out else self.state.params[flat]
         elif gradient.params is not None:
             params = gradient.params.get(slot.name)
         slots = [self.state.slots[name][flat] for name in rule.slots]
-        return Run(out[flat], params, slots, out[flat])
+        return Run(target, params, slots, target)
 
     def _evaluate(self, rule: ElementWise, coefficients: Sequence[float], run: Run, *, add: bool) -> None:
         needs_params = "params" in rule.needs

@@ -59,8 +59,10 @@ ELEMENT_WISE = [cls for cls in KINDS.values() if issubclass(cls, ElementWise)]
 FORMS = {cls.kind: list(forms(cls)) for cls in ELEMENT_WISE}
 
 
-def spec_of(rule: ElementWise, dtype: str, *, add: bool) -> Spec:
-    return Spec(rule.update, "params" in rule.needs, len(rule.slots), len(rule.coefficients(1)), dtype, add)
+def spec_of(rule: ElementWise, dtype: str, *, target: str) -> Spec:
+    needs_params, coefficients = "params" in rule.needs, len(rule.coefficients(1))
+    add, in_place = target != "updates", target == "in_place"
+    return Spec(rule.update, needs_params, len(rule.slots), coefficients, dtype, add, in_place)
 
 
 def distinct() -> dict[str, list[ElementWise]]:
@@ -91,16 +93,17 @@ def wild(dtype: str) -> tuple[Array, ...]:
     return tuple(arrays)
 
 
-def walk(evaluator: Evaluator, rule: ElementWise, dtype: str, size: int, steps: int, *, add: bool) -> list[Array]:
+def walk(evaluator: Evaluator, rule: ElementWise, dtype: str, size: int, steps: int, *, target: str) -> list[Array]:
     """All arrays of all steps: parameters (or updates) and slots."""
+    add = target != "updates"
     params, *gradients = (array[:size].copy() for array in wild(dtype)[: steps + 1])
     slots = [np.full(size, rule.initial(slot), dtype) for slot in rule.slots]
     seen = []
     for t, g in enumerate(gradients, 1):
-        out = np.empty_like(params)
+        out = params if target == "in_place" else np.empty_like(params)
         run = Run(g, params, slots, out)
         evaluator.run(rule.update, run, rule.coefficients(t), needs_params="params" in rule.needs, add=add)
-        seen += [out, *[slot.copy() for slot in slots]]
+        seen += [out.copy(), *[slot.copy() for slot in slots]]
         params = out if add else params
     return seen
 
@@ -114,23 +117,23 @@ def test_every_kind_is_here() -> None:
 
 
 @needs_numba
-@pytest.mark.parametrize("add", [False, True], ids=["updates", "added"])
+@pytest.mark.parametrize("target", ["updates", "added", "in_place"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("formula", FORMULAS)
-def test_same_bits(formula: str, dtype: str, add: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits(formula: str, dtype: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *others = FORMULAS[formula]
     compiled = Evaluator()
-    compiled.compile(spec_of(first, dtype, add=add))
+    compiled.compile(spec_of(first, dtype, target=target))
     # All forms at two blocks and a bit, the first one at all sizes.
     cases = [(first, size, steps) for size, steps in SIZES] + [(rule, 16_385, 3) for rule in others]
-    by_numpy = [walk(Evaluator(), rule, dtype, size, steps, add=add) for rule, size, steps in cases]
+    by_numpy = [walk(Evaluator(), rule, dtype, size, steps, target=target) for rule, size, steps in cases]
 
     def unexpected(*_: Any, **__: Any) -> None:
         pytest.fail("the compiled kernel was not used")
 
     monkeypatch.setattr(core.evaluate, "_run_blocks", unexpected)
     for (rule, size, steps), expected in zip(cases, by_numpy, strict=True):
-        found = walk(compiled, rule, dtype, size, steps, add=add)
+        found = walk(compiled, rule, dtype, size, steps, target=target)
         for ours, theirs in zip(found, expected, strict=True):
             assert_same_bits(ours, theirs)
 
@@ -156,7 +159,7 @@ def test_a_gradient_that_cannot_be_written_is_taken() -> None:
     """Such as a view of a request's bytes."""
     compiled = Evaluator()
     for add in (False, True):
-        compiled.compile(Spec(descend, False, 0, 1, "float32", add))
+        compiled.compile(Spec(descend, False, 0, 1, "float32", add, in_place=add))
         g = np.frombuffer(np.arange(5, dtype=np.float32).tobytes(), np.float32)
         out = np.ones(5, np.float32)
         compiled.run(descend, Run(g, out, [], out), [0.5], needs_params=False, add=add)
