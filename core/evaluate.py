@@ -65,20 +65,21 @@ class Evaluator:
 
         Coefficients are float64 and are rounded to the dtype of `run.g` here.
         """
-        with np.errstate(over="ignore"):
-            scalars = [run.g.dtype.type(value) for value in coefficients]
         in_place = add and run.out is run.params
-        spec = Spec(update, needs_params, len(run.slots), len(scalars), run.g.dtype.name, add, in_place)
+        spec = Spec(update, needs_params, len(run.slots), len(coefficients), run.g.dtype.name, add, in_place)
         kernel = self._kernels.get(spec)
-        if kernel is None:
-            self._ask(spec, len(run.g))
-            _run_blocks(update, run, scalars, needs_params=needs_params, add=add)
-        else:
-            params = run.g if run.params is None else run.params
-            kernel(run.g, params, *run.slots, *(() if in_place else (run.out,)), *scalars)
+        if kernel is None and len(run.g) >= WORTH_COMPILING:
+            self._ask(spec)
+        with np.errstate(all="ignore"):
+            scalars = [run.g.dtype.type(value) for value in coefficients]
+            if kernel is None:
+                _run_blocks(update, run, scalars, needs_params=needs_params, add=add)
+                return
+        params = run.g if run.params is None else run.params
+        kernel(run.g, params, *run.slots, *(() if in_place else (run.out,)), *scalars)
 
-    def _ask(self, spec: Spec, size: int) -> None:
-        if not self.available or self._on_missing is None or size < WORTH_COMPILING or spec in self._asked:
+    def _ask(self, spec: Spec) -> None:
+        if not self.available or self._on_missing is None or spec in self._asked:
             return
         self._asked.add(spec)
         self._on_missing(spec)
@@ -90,17 +91,25 @@ class Evaluator:
 
 
 def _run_blocks(update: Formula, run: Run, scalars: Sequence[Any], *, needs_params: bool, add: bool) -> None:
-    with np.errstate(all="ignore"):
-        for start in range(0, len(run.g), BLOCK):
-            block = slice(start, start + BLOCK)
-            params = (run.params[block],) if needs_params and run.params is not None else ()
-            u, *slots = update(run.g[block], *params, *[slot[block] for slot in run.slots], *scalars)
-            for slot, value in zip(run.slots, slots, strict=True):
-                slot[block] = value
-            if add and run.params is not None:
-                np.add(run.params[block], u, out=run.out[block])
-            else:
-                run.out[block] = u
+    if len(run.g) <= BLOCK:
+        _run_block(update, run, scalars, needs_params=needs_params, add=add)
+        return
+    for start in range(0, len(run.g), BLOCK):
+        block = slice(start, start + BLOCK)
+        params = None if run.params is None else run.params[block]
+        part = Run(run.g[block], params, [slot[block] for slot in run.slots], run.out[block])
+        _run_block(update, part, scalars, needs_params=needs_params, add=add)
+
+
+def _run_block(update: Formula, run: Run, scalars: Sequence[Any], *, needs_params: bool, add: bool) -> None:
+    params = (run.params,) if needs_params and run.params is not None else ()
+    u, *slots = update(run.g, *params, *run.slots, *scalars)
+    for slot, value in zip(run.slots, slots, strict=True):
+        slot[...] = value
+    if add and run.params is not None:
+        np.add(run.params, u, out=run.out)
+    else:
+        run.out[...] = u
 
 
 def _compiled(spec: Spec) -> Callable[..., None]:

@@ -116,6 +116,8 @@ def escape(member: str) -> str:
 
 def cast(array: Array, dtype: np.dtype[Any]) -> Array:
     """`array` as an aligned, contiguous array of `dtype`; itself where it is one already."""
+    if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
+        return array
     if array.dtype == BF16:
         # bfloat16 is the upper half of a float32, so this is exact.
         words = np.ascontiguousarray(array).view("<u2").astype(np.uint32)

@@ -115,6 +115,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            memory.collect_less_often()
             _greet(self._app, *self._address())
 
     def _address(self) -> tuple[str, int]:

