@@ -10,7 +10,7 @@ COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generat
 .PHONY: help serve check test soak demo bench bench-peers oracles lock clean
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.made:
 	@echo "setting up $(VENV) …"
@@ -61,9 +61,11 @@ benchmarks/peers/.venv/.made:
 	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet 'torch==2.13.0'
 	@touch $@
 
-oracles: $(VENV)/.test  ## make the golden values anew (needs torch, optax and scipy: gigabytes)
-	@$(PIP) 'torch==2.13.0' && $(PIP) --group oracles
-	$(BIN)/python tests/core/golden/make_golden.py
+oracles:  ## make the golden values anew, in an environment of their own (torch, optax, scipy: gigabytes)
+	@$(PYTHON) -m venv .venv-oracles
+	@.venv-oracles/bin/python -m pip --disable-pip-version-check install --quiet 'torch==2.13.0'
+	@.venv-oracles/bin/python -m pip --disable-pip-version-check install --quiet 'optax>=0.2.8' 'scipy>=1.16'
+	.venv-oracles/bin/python tests/core/golden/make_golden.py
 
 lock:  ## resolve the dependencies anew (needs uv)
 	$(COMPILE) --extra jit pyproject.toml -o requirements.lock
@@ -71,4 +73,4 @@ lock:  ## resolve the dependencies anew (needs uv)
 	$(COMPILE) --group demo -c requirements.lock -o requirements-demo.lock
 
 clean:  ## remove what was set up (the data of the service stay)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oracles benchmarks/peers/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
