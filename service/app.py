@@ -45,6 +45,7 @@ class App:
         if not settings.redis_url:
             self._embedded = Embedded(settings.data, settings.durability, on_progress=_tell)
         self._watch: asyncio.Task[None] | None = None
+        self._lifespan_task: asyncio.Task[None] | None = None
         self._store: Store | None = None
         self._engine: Engine | None = None
         self._data: DataPlane | None = None
@@ -131,6 +132,9 @@ class App:
             await send({"type": "websocket.close", "code": 1000})
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
+        # uvicorn keeps no reference to this task and the loop a weak one, so that it could be collected in the middle
+        # of the start or the stop, by whatever thread the collector happens to run in; the process then hung.
+        self._lifespan_task = asyncio.current_task()
         await receive()
         try:
             await self.start()

@@ -228,9 +228,9 @@ async def _refuse(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == 405:
         # Starlette knows the methods of the first route alone; the path may have several, and some in the data plane.
         allowed = methods_of(path)
-        if request.method == "OPTIONS":
+        if allowed and request.method == "OPTIONS":
             return Response(status_code=204, headers={"Allow": ", ".join(allowed)})
-        error = MethodNotAllowed(request.method, allowed)
+        error = MethodNotAllowed(request.method, allowed) if allowed else NotFound()
     return problem_of(error, path).response()
 
 

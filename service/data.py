@@ -201,8 +201,10 @@ class DataPlane:
     async def _events(self, session: str, request: Request) -> Stream:
         request.query()
         after = last_event_id(request.header(b"last-event-id"))
-        await self._engine.stamp(session)  # whatever is wrong is known before the stream has begun
-        return partial(self._stream, self._engine.events(session, after))
+        # Whatever is wrong is known before the stream has begun, and so is where it begins: whoever has seen its
+        # headers misses nothing. A step that is still to come was seen of a state that the store has lost.
+        step = (await self._engine.stamp(session)).step
+        return partial(self._stream, self._engine.events(session, step if after is None else min(after, step)))
 
     async def _stream(self, events: AsyncIterator[Event], receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": replies.EVENT_STREAM})

@@ -39,6 +39,7 @@ from service.wire.errors import InvalidValue
 from service.wire.json import pointer, tensor
 
 MAX_LABELS = 32
+MAX_GROUPS = 256  # each is matched against the name of each tensor, on the event loop
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -121,7 +122,7 @@ class Aggregation(Strict):
 class _Settings(Strict):
     optimizer: NamedOptimizer
     dtype: Dtype = "float32"
-    groups: list[HyperparameterGroup] = Field(default=[])
+    groups: list[HyperparameterGroup] = Field(default=[], max_length=MAX_GROUPS)
     averaging: NamedAveraging | None = None
     non_finite: NonFinitePolicy = "reject"
 
@@ -175,7 +176,7 @@ class SessionPatch(Strict):
     name: Name | None = None
     labels: Labels = Field(default={})
     optimizer: dict[str, Any] = Field(default={})
-    groups: list[HyperparameterGroup] = Field(default=[])
+    groups: list[HyperparameterGroup] = Field(default=[], max_length=MAX_GROUPS)
     transforms: list[Transform] = Field(default=[])
 
 

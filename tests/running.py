@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ class Server:
         self._port = port
         self.process: subprocess.Popen[str] | None = None
         self.url = ""
-        self.log = data.parent / f"{data.name}-{id(self)}.log"
+        self.log = data.parent / f"{data.name}-{uuid.uuid4().hex[:8]}.log"
 
     def start(self) -> "Server":
         command = [sys.executable, "-m", "service", "serve", "--port", str(self._port), "--data", str(self.data)]
