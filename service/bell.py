@@ -1,8 +1,9 @@
 """Hears of commits by any replica: what long-polls and event streams wait for.
 
 The commit script publishes on a channel of the session. A channel is subscribed to while somebody waits on it, all
-over one connection. A message may be missed (the connection broke, the store failed over), so it only ever means
-"look": whoever waits looks again by itself from time to time.
+over one connection, which one task owns: it alone connects, subscribes and reads, so that whoever comes or goes at a
+bad moment changes nothing but what is wanted. A message may be missed (the connection broke, the store failed over), so
+it only ever means "look": whoever waits looks again by itself from time to time.
 """
 
 import asyncio
@@ -11,19 +12,28 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import structlog
-from redis.exceptions import RedisError
+from redis.exceptions import RedisClusterException, RedisError
 
 log = structlog.get_logger("ravine.bell")
+
+# How long a listener waits until its channel is heard, and the pause before the connection is made anew.
+PATIENCE, PAUSE = 2.0, 0.2
+# A connection that says nothing for so long is asked whether it lives, and is taken for dead after as long again.
+SILENCE = 5.0
+# uvloop raises RuntimeError for a write on a connection that the other side has closed.
+_BROKEN = (RedisError, RedisClusterException, OSError, RuntimeError)
 
 
 class Bell:
     """`client` is a redis.asyncio client. `start` before use, `stop` in the end."""
 
     def __init__(self, client: Any) -> None:
-        self._pubsub = client.pubsub(ignore_subscribe_messages=False)
+        self._client = client
         self._listeners: dict[str, set[asyncio.Queue[str]]] = {}
-        self._subscribed: dict[str, asyncio.Event] = {}
-        self._wanted = asyncio.Event()
+        self._asked: set[str] = set()  # channels that the connection was told to subscribe to
+        self._heard: set[str] = set()  # those of them that the store confirmed
+        self._confirmed: dict[str, asyncio.Event] = {}
+        self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -34,8 +44,6 @@ class Bell:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        with contextlib.suppress(RedisError, OSError):
-            await self._pubsub.aclose()
 
     @contextlib.asynccontextmanager
     async def listen(self, channel: str) -> AsyncIterator["asyncio.Queue[str]"]:
@@ -43,57 +51,95 @@ class Bell:
         queue: asyncio.Queue[str] = asyncio.Queue()
         self._listeners.setdefault(channel, set()).add(queue)
         try:
-            await self._subscribe(channel)
+            if channel not in self._heard:
+                self._changed.set()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PATIENCE):
+                        await self._confirmed.setdefault(channel, asyncio.Event()).wait()
             yield queue
         finally:
             listeners = self._listeners[channel]
             listeners.discard(queue)
             if not listeners:
                 del self._listeners[channel]
-                self._subscribed.pop(channel, None)
-                with contextlib.suppress(RedisError, OSError):
-                    await self._pubsub.unsubscribe(channel)
-                    if channel in self._listeners:  # somebody came meanwhile
-                        await self._subscribe(channel)
-
-    async def _subscribe(self, channel: str) -> None:
-        confirmed = self._subscribed.get(channel)
-        if confirmed is None:
-            confirmed = self._subscribed[channel] = asyncio.Event()
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.subscribe(channel)
-            self._wanted.set()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2):
-                await confirmed.wait()
+                self._confirmed.pop(channel, None)
+                self._changed.set()
 
     async def _run(self) -> None:
+        told = False
         while True:
-            await self._wanted.wait()
+            pubsub = self._client.pubsub()
             try:
-                async for message in self._pubsub.listen():
-                    self._hear(message)
-                # Nothing is subscribed to any more.
-                if not self._listeners:
-                    self._wanted.clear()
-            except (RedisError, OSError) as error:
-                log.warning("subscription lost", reason=str(error))
-                await asyncio.sleep(0.1)
-                await self._again()
+                await self._serve(pubsub)
+            except _BROKEN as error:
+                if self._heard or not told:  # once for each time that the store is away
+                    log.warning("subscription lost", reason=str(error))
+                    told = True
+            finally:
+                self._asked = set()
+                self._heard.clear()
+                for confirmed in self._confirmed.values():
+                    confirmed.clear()
+                with contextlib.suppress(*_BROKEN):
+                    await pubsub.aclose()
+            await asyncio.sleep(PAUSE)
+            for channel in list(self._listeners):
+                self._ring(channel, "")
 
-    async def _again(self) -> None:
-        """Subscribes anew after the connection broke, and wakes everybody: they may have missed something."""
-        for channel in list(self._listeners):
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.subscribe(channel)
-            self._ring(channel, "")
+    async def _serve(self, pubsub: Any) -> None:
+        """Keeps to what is wanted and hears, until the connection breaks."""
+        reading: asyncio.Task[Any] | None = None
+        asked = False  # whether it lives
+        try:
+            while True:
+                await self._keep_up(pubsub)
+                if reading is None and self._asked:
+                    reading = asyncio.create_task(pubsub.get_message(timeout=None))
+                if not await self._something(reading):
+                    if asked:
+                        raise ConnectionError("the store is silent")
+                    await pubsub.ping()
+                asked = not self._changed.is_set() and (reading is None or not reading.done())
+                if reading is not None and reading.done():
+                    self._hear(reading.result())
+                    reading = None
+        finally:
+            if reading is not None:
+                reading.cancel()
+                await asyncio.wait((reading,))
 
-    def _hear(self, message: dict[str, Any]) -> None:
+    async def _keep_up(self, pubsub: Any) -> None:
+        self._changed.clear()
+        wanted = set(self._listeners)
+        gone, new = self._asked - wanted, wanted - self._asked
+        self._heard -= gone
+        self._asked = wanted
+        if gone:
+            await pubsub.unsubscribe(*gone)
+        if new:
+            await pubsub.subscribe(*new)
+
+    async def _something(self, reading: "asyncio.Task[Any] | None") -> bool:
+        """Waits for a message or a change of what is wanted; False for silence where there might have been some."""
+        change = asyncio.create_task(self._changed.wait())
+        try:
+            waiting = (change,) if reading is None else (change, reading)
+            limit = None if reading is None else SILENCE
+            done, _ = await asyncio.wait(waiting, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            change.cancel()
+        return bool(done)
+
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        if message is None or message["type"] not in ("subscribe", "message"):
+            return
         channel = message["channel"].decode()
-        if message["type"] == "subscribe" and channel in self._subscribed:
-            self._subscribed[channel].set()
-        elif message["type"] == "message":
+        if message["type"] == "message":
             self._ring(channel, message["data"].decode())
+        elif channel in self._asked:
+            self._heard.add(channel)
+            if channel in self._confirmed:
+                self._confirmed[channel].set()
 
     def _ring(self, channel: str, message: str) -> None:
         for queue in self._listeners.get(channel, ()):

@@ -18,24 +18,20 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import orjson
 
-from core.errors import CoreError, NonFinite
+from core.errors import CoreError, NonFinite, ParamsNotHeld
 from core.layout import Array
 from core.session import Checked, FlatParams, Gradient, NewParams, NewRecipe, Outcome
 from service import live as files
 from service import tensors as forms
 from service.documents import Applied, Document, Precondition, Stamp, StepRequest, now
-from service.errors import KeyReused, ServiceError, SessionNotFound, StepConflict, StoreUnavailable
+from service.errors import KeyReused, ServiceError, SessionNotFound, StepConflict, StoreFull, StoreUnavailable
 from service.ids import new_commit
-from service.live import DocumentReader, Done, Live
+from service.live import THREADED, DocumentReader, Done, Live
 from service.records import LogItem
 from service.store import Outcome as Appended
 from service.store import Store
 
 T = TypeVar("T")
-
-# Work on so many elements, or bytes of a body, is done in a thread; on fewer, the hand-over would cost more than it
-# spares. Arrays of so many elements are never changed in place, so that they can be sent without a copy.
-THREADED = 65_536
 
 
 @dataclass(slots=True, eq=False)
@@ -121,7 +117,12 @@ class Committer:
                 if await self.catch_up(live):
                     continue
                 break
-            outcome = await self._append(live, items)
+            try:
+                outcome = await self._append(live, items)
+            except StoreFull as error:  # nothing was appended, and what only reads need not suffer
+                for change in changes:
+                    fail(change.future, error)
+                return
             if outcome == "OK":
                 break
             if outcome == "GONE":
@@ -164,6 +165,8 @@ class Committer:
     async def _check(self, live: Live, plan: Planned) -> None:
         change, session = plan.change, live.session
         if change.step is not None:
+            if change.step.returns == "params" and session.state.params is None:
+                raise ParamsNotHeld("this session's client holds the parameters: it cannot be given them")
             large = change.size >= THREADED
             plan.checked = await self.compute(large, session.check, change.step.contribution)
         elif change.params is not None:
@@ -233,14 +236,23 @@ class Committer:
 
     async def _append(self, live: Live, items: Sequence[LogItem]) -> Appended:
         """Appends; where the reply was lost, finds out what became of it. Raises StoreUnavailable if it cannot."""
+        unknown = False
         for _ in range(5):
             try:
-                return await self._store.append(live.id, live.head.commit, items)
+                outcome: Appended | None = await self._store.append(live.id, live.head.commit, items)
             except StoreUnavailable:
-                outcome = await self._store.landed(live.id, items[-1].commit, live.head.seq)
-                if outcome != "STALE" or await self._store.commit_of(live.id) != live.head.commit:
-                    return outcome
-                # It did not go through, or not yet: the same once more is harmless, its commits being the same.
+                outcome, unknown = None, True
+            except StoreFull:
+                if not unknown:
+                    raise
+                outcome = None
+            if outcome in ("OK", "GONE") or (outcome == "STALE" and not unknown):
+                return outcome
+            # STALE after a lost reply may mean that the first attempt arrived late, and somebody else's after it.
+            outcome = await self._store.landed(live.id, live.head.commit, items[-1].commit, live.head.seq)
+            if outcome is not None:
+                return outcome
+            # It did not go through, or not yet: the same once more is harmless, its commits being the same.
         raise StoreUnavailable("the store breaks off every write")
 
     async def _settle(self, live: Live, plan: Planned) -> None:
@@ -249,12 +261,20 @@ class Committer:
         if plan.error is not None:
             fail(change.future, plan.error)
         elif plan.skipped:
-            await self._store.count_skipped(live.id)
-            self._reply(change, self._skip(live, change))
+            await self._settle_skipped(live, change)
         elif plan.item is None and plan.done is not None:
             self._reply(change, self._replayed(live, change, plan.done))
         elif plan.item is not None and plan.checked is not None:
             await self._apply(live, plan, plan.item, plan.checked)
+
+    async def _settle_skipped(self, live: Live, change: Change) -> None:
+        """What goes wrong here concerns this change alone: others of the batch were appended and are yet to apply."""
+        try:
+            await self._store.count_skipped(live.id)
+        except (StoreUnavailable, StoreFull) as error:
+            fail(change.future, error)
+        else:
+            self._reply(change, self._skip(live, change))
 
     def _skip(self, live: Live, change: Change) -> Applied:
         """The answer to a gradient that changed nothing: things as they are, and updates of zero."""
@@ -269,10 +289,12 @@ class Committer:
         returns = "none" if request is None else self._returns(live, request)
         large = live.session.layout.size >= THREADED
 
-        def apply() -> Outcome:
-            return live.session.apply(checked, want_updates=returns == "updates", fresh=large or bool(live.points))
+        def apply() -> tuple[Outcome, Array | None]:
+            fresh = large or bool(live.points)
+            outcome = live.session.apply(checked, want_updates=returns == "updates", fresh=fresh)
+            return outcome, live.session.next_point() if returns == "params" else None
 
-        outcome = await self.compute(large, apply)
+        outcome, params = await self.compute(large, apply)
         before, live.document = live.document, plan.document or live.document
         live.advance(item.commit, 0 if item.staged is None else item.staged.chunks, item.size, item.metadata["time"])
         if request is None or not isinstance(checked, Gradient):
@@ -282,7 +304,6 @@ class Committer:
         if request.key is not None:
             done = Done(request.digest, outcome.step, item.commit, request.worker or "", rate, checked.norm)
             live.remember(request.key, done, outcome.updates if returns == "updates" else None)
-        params = live.session.next_point() if returns == "params" else None
         updates = outcome.updates if returns == "updates" else None
         self._reply(change, Applied(live.stamp, live.session.layout, params, updates, rate, checked.norm))
 
@@ -331,7 +352,7 @@ class Committer:
         fresh = await self._reread(live.id)
         live.session, live.document, live.head = fresh.session, fresh.document, fresh.head
         live.done, live.kept, live.log = fresh.done, fresh.kept, fresh.log
-        live.log_bytes = fresh.log_bytes
+        live.log_bytes, live.unwritten = fresh.log_bytes, 0
         live.points.clear()
         return True
 

@@ -24,7 +24,7 @@ from core.recipe import Recipe
 from core.session import Session
 from service import live as files
 from service.bell import Bell
-from service.commits import THREADED, Change, Committer, Look, fail, new_future
+from service.commits import Change, Committer, Look, fail, new_future
 from service.documents import Applied, Document, Event, Point, Precondition, Record, Stamp, StepRequest, now
 from service.errors import (
     Corrupt,
@@ -33,10 +33,11 @@ from service.errors import (
     ServiceError,
     SessionNotFound,
     StepConflict,
+    StoreFull,
     StoreUnavailable,
 )
 from service.ids import age_of, checked_id, new_commit, new_id
-from service.live import DocumentReader, Live
+from service.live import THREADED, DocumentReader, Live
 from service.records import Head, chunks_of
 from service.store import Store, key
 from service.wire import safetensors
@@ -72,7 +73,7 @@ class Engine:
         self._live: OrderedDict[str, Live] = OrderedDict()
         self._costs: dict[str, int] = {}
         self._cost = 0
-        self._loading: dict[str, asyncio.Future[Live]] = {}
+        self._loading: dict[str, asyncio.Task[Live]] = {}
         self._committer = Committer(store, read_document, self._read)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._bell: Bell | None = None
@@ -109,18 +110,21 @@ class Engine:
         return await self._create(session, document)
 
     def _check_size(self, recipe: Recipe, where: str) -> None:
-        """Raises InvalidRequest, before any array is made, for a state that is larger than allowed."""
+        """Raises InvalidRequest, before any array is made, for a state with more bytes or tensors than allowed."""
         needed = recipe.state_bytes() + recipe.layout.size * recipe.numpy_dtype.itemsize
         if needed > self._max_state:
             sentence = f"parameters and slots would take {needed} bytes; a session may have {self._max_state}"
+            raise InvalidRequest([Fault(where, sentence)])
+        named = len(recipe.layout.slots) * (1 + len(recipe.slots)) + len(recipe.matrices)
+        if named > safetensors.MAX_TENSORS:
+            sentence = f"the checkpoint would have {named} tensors; {safetensors.MAX_TENSORS} are read back"
             raise InvalidRequest([Fault(where, sentence)])
 
     async def fork(self, id_: str) -> tuple[dict[str, Any], Stamp]:
         """A new session from this one's state; it remembers neither its history nor its keys."""
 
         def copy(live: Live) -> tuple[Session, Document]:
-            state = live.session.state.copy()
-            return Session(live.session.recipe, state, self.evaluator), live.document
+            return live.frozen(), live.document
 
         session, document = await self._look(id_, copy, threaded=True)
         return await self._create(session, replace(document, created_at=now()))
@@ -128,8 +132,8 @@ class Engine:
     async def _create(self, session: Session, document: Document, *, new: bool = False) -> tuple[dict[str, Any], Stamp]:
         id_, commit, snap = new_id(), new_commit(), secrets.token_hex(4)
         tensors, text = files.checkpoint(session, document)
-        if len(tensors) > safetensors.MAX_TENSORS or len(safetensors.write(tensors, text)[0]) > safetensors.MAX_HEADER:
-            raise InvalidRequest([Fault("/shapes", "the checkpoint of so many tensors could not be read back here")])
+        if len(safetensors.write(tensors, text)[0]) > safetensors.MAX_HEADER:
+            raise InvalidRequest([Fault("/shapes", "the checkpoint's header would be longer than what is read back")])
         if new:  # what every session starts with need not be stored
             tensors = {name: array for name, array in tensors.items() if ":" not in name}
         text |= {"commit": commit, "seq": "0"}
@@ -186,7 +190,8 @@ class Engine:
                 break
         labels = orjson.loads(head.document)["labels"]
         await self._store.leave(id_, labels.items())
-        self._forget(id_)
+        if (live := self._live.get(id_)) is not None:
+            self._forget(live)
 
     # Changing
 
@@ -217,21 +222,24 @@ class Engine:
         await self._store.enter(id_, after.labels.items())
         if gone:
             await self._store.leave(id_, gone, index=False)
-        return await self.session(id_)
+        try:
+            return await self.session(id_)
+        except SessionNotFound:  # it was deleted meanwhile, and must not be entered again
+            await self._store.leave(id_, after.labels.items())
+            raise
 
     # Reading
 
     async def params(self, id_: str, at: Literal["next", "final"]) -> Point:
         """Raises ParamsNotHeld."""
-        point: Point = await self._look(id_, lambda live: live.point(at))
+        point: Point = await self._look(id_, lambda live: live.point(at), threaded=True)
         return point
 
     async def checkpoint(self, id_: str) -> tuple[dict[str, Array], dict[str, str], Stamp]:
         """The checkpoint's tensors and text, in arrays of its own."""
 
         def copy(live: Live) -> tuple[dict[str, Array], dict[str, str], Stamp]:
-            copied = Session(live.session.recipe, live.session.state.copy(), self.evaluator)
-            return *files.checkpoint(copied, live.document), live.stamp
+            return *files.checkpoint(live.frozen(), live.document), live.stamp
 
         result: tuple[dict[str, Array], dict[str, str], Stamp] = await self._look(id_, copy, threaded=True)
         return result
@@ -340,7 +348,7 @@ class Engine:
             raise
         finally:
             live.runner = None
-        if live.id in self._live:
+        if self._live.get(live.id) is live:
             self._account(live)
 
     def _take(self, live: Live, kind: type[T]) -> list[T]:
@@ -360,23 +368,29 @@ class Engine:
         return taken
 
     def _abandon(self, live: Live, error: Exception) -> None:
-        """Lets a session go whose memory cannot be trusted, or whose store is away, and answers who waits."""
-        self._forget(live.id)
+        """Answers who waits, and lets a session go whose memory cannot be trusted.
+
+        Where the store is away it can: memory is never ahead of the log, and catches up once the store is back.
+        """
+        if not isinstance(error, StoreUnavailable | StoreFull):
+            self._forget(live)
         for item in [*live.taken, *live.queue]:
             fail(item.future, error)
         live.queue.clear()
         live.taken.clear()
 
     async def _load(self, id_: str) -> Live:
-        """The session, read from the store once, however many ask for it."""
+        """The session, read from the store once, however many ask for it, and whoever of them goes away meanwhile."""
         loading = self._loading.get(id_)
-        if loading is not None:
-            return await asyncio.shield(loading)
-        loading = self._loading[id_] = asyncio.ensure_future(self._read(id_))
+        if loading is None:
+            loading = self._loading[id_] = self._spawn(self._enter(id_))
+        return await asyncio.shield(loading)
+
+    async def _enter(self, id_: str) -> Live:
         try:
-            live = await asyncio.shield(loading)
+            live = await self._read(id_)
         finally:
-            self._loading.pop(id_, None)
+            del self._loading[id_]
         self._live[id_] = live
         self._account(live)
         return live
@@ -410,11 +424,12 @@ class Engine:
                 return
             if len(chosen.log) >= WORTH_A_SNAPSHOT:
                 self._snapshot(chosen)
-            self._forget(chosen.id)
+            self._forget(chosen)
 
-    def _forget(self, id_: str) -> None:
-        if self._live.pop(id_, None) is not None:
-            self._cost -= self._costs.pop(id_, 0)
+    def _forget(self, live: Live) -> None:
+        if self._live.get(live.id) is live:
+            del self._live[live.id]
+            self._cost -= self._costs.pop(live.id, 0)
 
     # Snapshots
 
@@ -424,7 +439,8 @@ class Engine:
         A copy of Adam's slots weighs twice the gradient, and beside a step that would more than double what the step
         takes. The bytes go through the same event loop either way, so waiting costs one step in a few some latency.
         """
-        if live.snapshot is not None or live.log_bytes <= max(live.session.state.nbytes, SNAPSHOT_FLOOR):
+        new = live.log_bytes - live.unwritten
+        if live.snapshot is not None or new <= max(live.session.state.nbytes, SNAPSHOT_FLOOR):
             return
         if live.session.state.nbytes < COPIED:
             self._snapshot(live)
@@ -453,6 +469,7 @@ class Engine:
             elif (head := await self._store.head(live.id)) is not None:  # another replica was first
                 live.rebase(head.snap, head.chunks, head.base)
         except ServiceError as error:
+            live.unwritten = live.log_bytes  # or a store that is full would be sent one after every step
             log.warning("snapshot not written", session=live.id, reason=str(error))
         finally:
             live.snapshot = None

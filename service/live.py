@@ -24,6 +24,9 @@ from service.records import Head, LogEntry, Stored
 from service.wire.json import MAX_INTEGER
 
 FORMAT = "1"
+# Work on so many elements, or bytes of a body, is done in a thread; on fewer, the hand-over would cost more than it
+# spares. Parameters of so many elements are never changed in place, so that they can be sent without a copy.
+THREADED = 65_536
 _STEP = re.compile(r"[0-9]{1,16}")
 # How many idempotency keys a session remembers.
 WINDOW = 4096
@@ -72,6 +75,7 @@ class Live:
     kept: dict[str, Kept] = field(default_factory=dict)
     log: list[Logged] = field(default_factory=list)
     log_bytes: int = 0
+    unwritten: int = 0  # what they were when a snapshot failed
     queue: deque[Any] = field(default_factory=deque)
     taken: list[Any] = field(default_factory=list)  # out of the queue, not answered yet
     runner: "asyncio.Task[None] | None" = None
@@ -98,7 +102,7 @@ class Live:
             return
         self.head.snap, self.head.chunks, self.head.base = snap, chunks, base
         del self.log[: max(len(self.log) - (self.head.seq - base), 0)]
-        self.log_bytes = sum(entry.size for entry in self.log)
+        self.log_bytes, self.unwritten = sum(entry.size for entry in self.log), 0
 
     def advance(self, entry_commit: str, chunks: int, size: int, updated_at: str) -> None:
         """Memory stands at `entry_commit` now."""
@@ -111,10 +115,21 @@ class Live:
 
     def remember(self, key: str, done: Done, updates: Array | None) -> None:
         self.done[key] = done
-        while len(self.done) > WINDOW:
-            self.done.popitem(last=False)
         if updates is not None:
             self.kept[done.worker] = Kept(done.step, updates)
+        while len(self.done) > WINDOW:
+            _, forgotten = self.done.popitem(last=False)
+            kept = self.kept.get(forgotten.worker)
+            if kept is not None and kept.step == forgotten.step:  # nobody can ask for them any more
+                del self.kept[forgotten.worker]
+
+    def frozen(self) -> Session:
+        """The session as it stands now, in arrays that no later step changes."""
+        session = self.session
+        state = session.state.copy()
+        if state.params is not None and session.layout.size < THREADED:
+            state.params = state.params.copy()
+        return Session(session.recipe, state, session.evaluator)
 
     def point(self, at: str) -> Point:
         """The parameters at this commit. Raises ParamsNotHeld."""
@@ -167,7 +182,7 @@ def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
             lr=live.session.rate(outcome.step),
             grad_norm=float(text["norm"]),
         )
-        live.remember(text["key"], done, outcome.updates)
+        live.remember(text["key"], done, outcome.updates if "updates" in text else None)
 
 
 # Files
@@ -189,9 +204,7 @@ def checkpoint(session: Session, document: Document) -> tuple[dict[str, Array], 
 
 def snapshot(live: Live, *, copy: bool) -> tuple[dict[str, Array], dict[str, str]]:
     """The checkpoint, and what only the service remembers: from a copy, or views of what the next step changes."""
-    session = live.session
-    if copy:
-        session = Session(session.recipe, session.state.copy(), session.evaluator)
+    session = live.frozen() if copy else live.session
     tensors, text = checkpoint(session, live.document)
     text |= {"commit": live.head.commit, "seq": str(live.head.seq)}
     if live.done:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 import xxhash
 
 from core.layout import Array
@@ -101,6 +102,11 @@ def element_of(item: LogItem) -> bytes:
     element = b"".join(safetensors.write(item.tensors, item.metadata))
     item.size = len(element)
     return element
+
+
+def commit_mark(commit: str) -> str:
+    """What the element of the entry `commit`, and of no other, has in its text."""
+    return orjson.dumps({"commit": commit})[1:-1].decode()
 
 
 def chunks_of(pieces: Pieces) -> Iterable[bytes | memoryview]:

@@ -29,8 +29,8 @@ import redis.asyncio as aioredis
 import xxhash
 from redis.exceptions import NoScriptError, RedisError
 
-from service.errors import StoreUnavailable
-from service.link import Argument, ClusterLink, Link, SingleLink
+from service.errors import Corrupt, StoreUnavailable
+from service.link import HEAVY, Argument, ClusterLink, Link, SingleLink
 from service.records import (
     INLINE,
     Head,
@@ -42,6 +42,7 @@ from service.records import (
     Tail,
     assemble,
     chunks_of,
+    commit_mark,
     element_of,
     flatten,
     head_of,
@@ -51,7 +52,7 @@ from service.wire import safetensors
 
 STAGED_SECONDS = 120
 HISTORY = 10_000
-_SCRIPTS = ("commit", "snapshot", "delete", "load")
+_SCRIPTS = ("commit", "snapshot", "delete", "load", "history", "skip")
 
 Outcome = Literal["OK", "STALE", "GONE"]
 
@@ -116,15 +117,17 @@ class Store:
         async with asyncio.timeout(2):
             await self.link.call("EXISTS", INDEX)
 
-    async def _script(self, name: str, keys: Sequence[str], arguments: Sequence[Argument]) -> Any:
+    async def _script(
+        self, name: str, keys: Sequence[str], arguments: Sequence[Argument], *, alone: bool = False
+    ) -> Any:
         sha, text = self._scripts[name]
         try:
-            return await self.link.call("EVALSHA", sha, len(keys), *keys, *arguments)
+            return await self.link.call("EVALSHA", sha, len(keys), *keys, *arguments, alone=alone)
         except NoScriptError:
-            return await self.link.call("EVAL", text, len(keys), *keys, *arguments)
+            return await self.link.call("EVAL", text, len(keys), *keys, *arguments, alone=alone)
 
-    async def _read(self, *command: Argument) -> Any:
-        return await self._patiently(lambda: self.link.call(*command))
+    async def _read(self, *command: Argument, alone: bool = False) -> Any:
+        return await self._patiently(lambda: self.link.call(*command, alone=alone))
 
     async def _patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """A read may be repeated, so a store that comes back soon is waited for."""
@@ -169,7 +172,10 @@ class Store:
             for item in items:
                 item.staged = None
             return await self.append(session, parent, items)
-        return _outcome(reply)
+        outcome = _outcome(reply)
+        if outcome != "OK":
+            self._drop(temporary)
+        return outcome
 
     async def _prepare(self, session: str, item: LogItem) -> None:
         """Large tensors are put into the store before the script runs; once, however often it has to run."""
@@ -194,13 +200,23 @@ class Store:
                 raise result
         return Staged(token, len(chunks), safetensors.nbytes(pieces), digest.hexdigest())
 
-    async def landed(self, session: str, commit: str, after: int) -> Outcome:
-        """What became of an append whose reply was lost: `after` is the sequence number before it."""
+    def _drop(self, temporary: Sequence[str]) -> None:
+        """Takes back chunks that nothing will be made of. Nobody waits for it: they expire anyway, but much later."""
+        if temporary:
+            self.link.call("UNLINK", *temporary).add_done_callback(_seen)
+
+    async def landed(self, session: str, parent: str, commit: str, after: int) -> Outcome | None:
+        """What became of an append to `parent` whose reply was lost; `after` is the sequence number before it.
+
+        None: it did not go through so far, and may still do so, since the session stands at `parent`. Once it stands
+        anywhere else, what this says is final.
+        """
+        now_at = await self.commit_of(session)
+        if now_at in (parent, commit, None):
+            return {parent: None, commit: "OK", None: "GONE"}[now_at]
         tail = await self.tail(session, after)
         if tail is None:
             return "GONE"
-        if tail.head.commit == commit:
-            return "OK"
         if tail.entries is not None:
             found = any(entry.metadata.get("commit") == commit for entry in tail.entries)
             return "OK" if found else "STALE"
@@ -218,18 +234,18 @@ class Store:
     async def snapshot(
         self, session: str, old: Head, gone: Sequence[tuple[str, int]], seq: int, snap: str, pieces: Pieces
     ) -> Outcome:
-        """Puts a snapshot of the state after entry `seq` into the place of `old`'s, and cuts the log.
+        """Puts a snapshot of the state after entry `seq`, which is `old.commit`, in place of `old`'s, and cuts the log.
 
         `gone` are the (commit, chunks) of the entries that the snapshot makes superfluous.
         """
         names = [key(session, "s", old.snap, i) for i in range(old.chunks)]
         names += [key(session, "p", commit, i) for commit, count in gone for i in range(count)]
-        return await self._put_snapshot(session, old.snap, names, seq, snap, pieces, {})
+        return await self._put_snapshot(session, old, names, seq, snap, pieces, {})
 
     async def _put_snapshot(
         self,
         session: str,
-        old: str | None,
+        old: Head | None,
         gone: Sequence[str],
         seq: int,
         snap: str,
@@ -249,12 +265,15 @@ class Store:
             keys += [key(session, "t", staged.token, i) for i in range(staged.chunks)]
             keys += [key(session, "s", snap, i) for i in range(staged.chunks)]
         described = {"snap": snap, "chunks": count, "length": length, "checksum": checksum, **fields}
-        arguments: list[Argument] = [old or "", seq, 0 if staged is None else staged.chunks, inline]
-        arguments += [key(session, "s", snap, 0), *flatten(described)]
-        reply = (await self._script("snapshot", [*keys, *gone], arguments))[0]
+        arguments: list[Argument] = ["" if old is None else old.snap, seq, 0 if staged is None else staged.chunks]
+        arguments += [inline, key(session, "s", snap, 0), "" if old is None else commit_mark(old.commit)]
+        reply = (await self._script("snapshot", [*keys, *gone], [*arguments, *flatten(described)]))[0]
         if reply == b"LOST":
             return await self._put_snapshot(session, old, gone, seq, snap, pieces, fields)
-        return _outcome(reply)
+        outcome = _outcome(reply)
+        if outcome != "OK" and staged is not None:
+            self._drop([key(session, "t", staged.token, i) for i in range(staged.chunks)])
+        return outcome
 
     async def delete(self, session: str, head: Head, commit: str | None) -> Outcome:
         """Removes all keys of a session if it still stands at `commit` (None: wherever it stands)."""
@@ -263,9 +282,9 @@ class Store:
         reply = await self._script("delete", keys, [head.snap, commit or "", key(session), f"deleted {head.step} -"])
         return _outcome(reply[0])
 
-    async def count_skipped(self, session: str) -> int:
-        """Counts a gradient that was skipped; the session stays where it is."""
-        return int(await self.link.call("HINCRBY", key(session, "head"), "skipped", 1))
+    async def count_skipped(self, session: str) -> None:
+        """Counts a gradient that was skipped; the session stays where it is, and what is not there is not made."""
+        await self._script("skip", [key(session, "head")], [])
 
     # Reading
 
@@ -284,8 +303,9 @@ class Store:
     async def tail(self, session: str, after: int) -> Tail | None:
         """The head and the entries after sequence number `after` (-1: all); None: no such session."""
         keys = [key(session, "head"), key(session, "log")]
+        missed = ""
         while True:
-            reply = await self._patiently(lambda: self._script("load", keys, [after]))
+            reply = await self._patiently(lambda: self._script("load", keys, [after], alone=True))
             head = head_of(reply[0]) if reply else None
             if head is None:
                 return None
@@ -293,11 +313,12 @@ class Store:
                 return Tail(head, None)
             try:
                 return Tail(head, [await self._entry(session, element) for element in reply[1]])
-            except _CutMeanwhile:
-                continue
+            except _CutMeanwhile as missing:
+                missed = _again(missing, head, missed)
 
     async def load(self, session: str) -> Stored | None:
         """A session's snapshot and log as of one moment; None: no such session. Raises Corrupt."""
+        missed = ""
         while True:
             tail = await self.tail(session, -1)
             if tail is None or tail.entries is None:
@@ -306,7 +327,8 @@ class Store:
             names = [key(session, "s", head.snap, i) for i in range(head.chunks)]
             try:
                 data = await self._chunks(names, head.length, head.checksum)
-            except _CutMeanwhile:
+            except _CutMeanwhile as missing:
+                missed = _again(missing, head, missed)
                 continue
             tensors, metadata = parse(data)
             return Stored(head, metadata, tensors, tail.entries)
@@ -323,21 +345,16 @@ class Store:
         return LogEntry(metadata, tensors, len(element) + int(length), int(count))
 
     async def _chunks(self, names: Sequence[str], length: int, checksum: str) -> bytes | memoryview:
-        replies = await asyncio.gather(*[self._read("GET", name) for name in names])
-        if any(reply is None for reply in replies):
-            raise _CutMeanwhile
+        replies = await asyncio.gather(*[self._read("GET", name, alone=length > HEAVY) for name in names])
+        for name, reply in zip(names, replies, strict=True):
+            if reply is None:
+                raise _CutMeanwhile(name)
         return assemble(replies, length, checksum, names[0])
 
     async def history(self, session: str, after: int, limit: int) -> list[bytes]:
         """At most `limit` lines of the steps after `after`, oldest first."""
-        step, count = await asyncio.gather(
-            self._read("HGET", key(session, "head"), "step"), self._read("LLEN", key(session, "history"))
-        )
-        if step is None or not count or int(step) <= after:
-            return []
-        # One line a step, so the position follows from the step.
-        start = max(count - (int(step) - after), 0)
-        lines: list[bytes] = await self._read("LRANGE", key(session, "history"), start, start + limit - 1)
+        keys = [key(session, "head"), key(session, "history")]
+        lines: list[bytes] = await self._patiently(lambda: self._script("history", keys, [after, limit]))
         return lines
 
     # The index lies outside of the sessions' hash tags, so it is kept up beside the scripts: an id is entered before
@@ -361,6 +378,19 @@ class Store:
 
 class _CutMeanwhile(Exception):
     """Chunks went away between two reads, because somebody put a new snapshot there."""
+
+
+def _again(missing: _CutMeanwhile, head: Head, missed: str) -> str:
+    """The snapshot that chunks are missing of. Raises Corrupt where they were missing of the same one before."""
+    if head.snap == missed:
+        raise Corrupt(f"{missing} is not in the store any more")
+    return head.snap
+
+
+def _seen(reply: "asyncio.Future[Any]") -> None:
+    """Whatever became of it, nobody asks."""
+    if not reply.cancelled():
+        reply.exception()
 
 
 def _outcome(reply: bytes) -> Outcome:
