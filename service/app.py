@@ -5,7 +5,6 @@ and all others to the control plane, and turns what nobody expected into a 500 t
 """
 
 import asyncio
-import contextlib
 import re
 import secrets
 import threading
@@ -44,7 +43,7 @@ class App:
         self._embedded: Embedded | None = None
         if not settings.redis_url:
             self._embedded = Embedded(settings.data, settings.durability, on_progress=_tell)
-        self._watch: asyncio.Task[None] | None = None
+        self._keepers: list[asyncio.Task[None]] = []  # of the embedded store
         self._lifespan_task: asyncio.Task[None] | None = None
         self._store: Store | None = None
         self._engine: Engine | None = None
@@ -63,7 +62,7 @@ class App:
         """Raises EmbeddedFailed, StoreUnavailable."""
         if self._embedded is not None:
             await self._embedded.start()
-            self._watch = asyncio.create_task(self._embedded.watch())
+            self._keepers = [asyncio.create_task(each()) for each in (self._embedded.watch, self._embedded.flush)]
         url = self.settings.redis_url or (self._embedded.url if self._embedded else "")
         self._store = Store(url)
         await self._open(self._store)
@@ -113,10 +112,9 @@ class App:
     async def stop(self) -> None:
         if self._engine is not None:
             await self._engine.stop()
-        if self._watch is not None:  # or it would start the store again that is about to be stopped
-            self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+        for keeper in self._keepers:  # or they would start the store again that is about to be stopped
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
         if self._store is not None:
             await self._store.close()
         if self._embedded is not None:

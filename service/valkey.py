@@ -116,3 +116,18 @@ def make_private(directory: Path) -> None:
     status = directory.lstat()
     if not directory.is_dir() or directory.is_symlink() or status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise EmbeddedFailed(f"{directory} is not a private directory of this user: remove it")
+
+
+def sync_log(directory: Path, synced: dict[Path, int]) -> None:
+    """Bring what was appended to the log to the disk; `synced` holds how long each file was last time."""
+    for path in directory.glob("*.incr.aof"):
+        with contextlib.suppress(FileNotFoundError):  # the server has just finished with it
+            size = path.stat().st_size
+            if synced.get(path) == size:
+                continue
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+            synced[path] = size

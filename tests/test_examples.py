@@ -116,6 +116,7 @@ def test_the_script_takes_its_session_along_when_it_is_ended(server: Server, cli
         path = f"/v1/sessions/{session_of(process.stdout.readline())}"
         assert client.get(path).status_code == 200
         process.send_signal(signal.SIGTERM)
+        process.communicate()  # or it might end for want of a reader, which is another way to go
     assert process.returncode == 128 + signal.SIGTERM
     assert client.get(path).status_code == 404
 

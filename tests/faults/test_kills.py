@@ -10,6 +10,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -30,11 +31,22 @@ def gradient(t: int) -> dict[str, np.ndarray]:
 class Stepper(threading.Thread):
     """Steps a session until told to stop; keeps the tensors of every reply."""
 
-    def __init__(self, server: Server, session: str, pause: float = 0.0) -> None:
+    def __init__(
+        self,
+        server: Server,
+        session: str,
+        pause: float = 0.0,
+        gradient: Callable[[int], dict[str, np.ndarray]] = gradient,
+        *,
+        keep: bool = True,
+    ) -> None:
         super().__init__(daemon=True)
         self.server = server
         self.session = session
         self.pause = pause
+        self.gradient = gradient
+        self.keep = keep
+        self.taken = 0
         self.replies: list[bytes] = []
         self.retries = 0
         self.failures: list[str] = []
@@ -42,9 +54,11 @@ class Stepper(threading.Thread):
 
     def run(self) -> None:
         while not self.done.is_set():
-            reply = self._step(len(self.replies) + 1)
+            reply = self._step(self.taken + 1)
             if reply is not None:
-                self.replies.append(bits(tensors(reply)["w"]))
+                self.taken += 1
+                if self.keep:
+                    self.replies.append(bits(tensors(reply)["w"]))
             time.sleep(self.pause)
 
     def _step(self, t: int) -> httpx.Response | None:
@@ -53,7 +67,7 @@ class Stepper(threading.Thread):
         while time.monotonic() < deadline:
             try:
                 with self.server.client() as client:
-                    reply = step(client, self.session, gradient(t), {"Idempotency-Key": f"step-{t}"})
+                    reply = step(client, self.session, self.gradient(t), {"Idempotency-Key": f"step-{t}"})
             except httpx.TransportError:
                 self.retries += 1
                 time.sleep(0.02)
@@ -130,6 +144,29 @@ def test_a_dozen_kills(data: Path, server: Server) -> None:
 @pytest.mark.parametrize("seed", range(10))
 def test_two_hundred_kills(data: Path, server: Server, seed: int) -> None:
     kill_and_check(data, 20, seed=100 + seed, reference=server)
+
+
+@pytest.mark.soak
+def test_the_store_killed_under_a_heavy_load(data: Path) -> None:
+    """Tens of megabytes a second go into the log: none of the acknowledged steps may be missing after a kill."""
+    size, draw = 500_000, random.Random(3)
+    g = {"w": np.ones(size, np.float32)}
+    with serving(data) as server:
+        with server.client() as client:
+            ids = [create(client, optimizer="sgd", shapes={"w": [size]})["id"] for _ in range(3)]
+        steppers = [Stepper(server, id_, gradient=lambda _: g, keep=False) for id_ in ids]
+        for stepper in steppers:
+            stepper.start()
+        for _ in range(20):
+            time.sleep(draw.uniform(0.5, 2.5))
+            os.kill(server.valkey_pid(), signal.SIGKILL)
+        for stepper in steppers:
+            stepper.done.set()
+            stepper.join()
+        assert [stepper.failures for stepper in steppers] == [[], [], []]
+        with server.client() as client:
+            for stepper in steppers:
+                check_history(client, stepper.session, stepper.taken)
 
 
 @pytest.mark.parametrize("victim", ["service", "store"])

@@ -115,7 +115,7 @@ def test_a_server_starts_in_private_without_tcp_and_ends_without_a_trace(data: P
             config = await server.config_get("*")
         assert config["port"] == "0"
         assert config["maxmemory-policy"] == "noeviction"
-        assert (config["appendonly"], config["appendfsync"], config["save"]) == ("yes", "everysec", "")
+        assert (config["appendonly"], config["appendfsync"], config["save"]) == ("yes", "no", "")
         assert config["aof-load-truncated"] == "yes"
         await embedded.stop()
         assert gone(pid)
