@@ -55,7 +55,8 @@ class App:
     def store_place(self) -> str:
         """Where the sessions are kept, in words, without secrets."""
         if self.settings.redis_url:
-            return re.sub(r"(?<=://)[^@/]*@", "", self.settings.redis_url)
+            # a password may stand before the host or in the query
+            return re.sub(r"(?<=://)[^@/]*@", "", self.settings.redis_url.partition("?")[0])
         return str(self.settings.data.resolve())
 
     async def start(self) -> None:

@@ -87,6 +87,9 @@ def _run(settings: Settings) -> int:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # nothing here depends on the client's address
+        # Longer than a client that steps now and then is silent: closed on it, its next step would be reset.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
     )
     server = Server(config, app)

@@ -41,12 +41,13 @@ class Settings(BaseSettings):
     )
     durability: Literal["snapshot", "everysec", "always"] = Field(
         "everysec",
-        description="When the embedded store writes to disk: every minute or so, every second, or before each answer.",
+        description="snapshot, everysec or always: the embedded store writes to the disk every minute or so, "
+        "every second, or before each answer.",
     )
     memory: Bytes = Field(
         2**30, description="Memory that live sessions may take, such as 16MiB or 2GB; others wait in the store."
     )
-    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or for machines.")
+    log_format: Literal["text", "json"] = Field("text", description="text: log lines for people; json: for machines.")
     max_body: Bytes = Field(2**30, description="Largest body of a request, before and after inflation.")
     max_state: Bytes = Field(
         4 * 2**30, description="Largest state of a session, parameters and slots, in bytes or such as 4GiB."
