@@ -1,8 +1,8 @@
 """How the process deals with its memory: large arrays, and the garbage collector.
 
 glibc moves blocks that were mapped once into its heap when they come again, and keeps what is freed there: after a few
-steps the process held one gradient more for every three than it used. Large arrays are mapped and unmapped instead; the
-fresh pages cost about what the kernel takes to zero them, which was not to be seen beside a step of 1 M parameters.
+steps the process held one gradient more for every three than it used. Large arrays are mapped and unmapped instead. That has a price, the kernel's zeroing of fresh pages: a step of 1 M
+parameters took 18 to 22 ms with it and 15 to 16 without.
 """
 
 import ctypes
