@@ -1,8 +1,9 @@
 """How the process deals with its memory: large arrays, and the garbage collector.
 
 glibc moves blocks that were mapped once into its heap when they come again, and keeps what is freed there: after a few
-steps the process held one gradient more for every three than it used. Large arrays are mapped and unmapped instead. That has a price, the kernel's zeroing of fresh pages: a step of 1 M
-parameters took 18 to 22 ms with it and 15 to 16 without.
+steps the process held one gradient more for every three than it used. Large arrays are mapped and unmapped instead.
+That has a price, the kernel's zeroing of fresh pages: a step of 1 M parameters took 18 to 22 ms with it and 15 to 16
+without.
 """
 
 import ctypes
