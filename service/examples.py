@@ -25,7 +25,6 @@ SESSION_ID: Final = "ses_4k2v9m7c8x3q5w6e1t0a"
 OTHER_ID: Final = "ses_9d1f6h2j5l8n3p7r4s0b"
 CREATED: Final = "2030-01-02T03:04:05.678901Z"
 STEPPED: Final = "2030-01-02T03:04:06.789012Z"
-NEW_STAMP: Final = Stamp(0, "5f3a9c01d2")
 STAMP: Final = Stamp(1, "9f3c27a1b4")
 
 CREATE: Final[dict[str, Any]] = {

@@ -51,7 +51,6 @@ from service.records import (
 from service.wire import safetensors
 
 STAGED_SECONDS = 120
-HISTORY = 10_000
 _SCRIPTS = ("commit", "snapshot", "delete", "load", "history", "skip")
 
 Outcome = Literal["OK", "STALE", "GONE"]

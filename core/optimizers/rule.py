@@ -30,9 +30,7 @@ from core.schedules import Schedule
 
 Rate = Annotated[float, Ge(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
-Share = Annotated[float, Ge(0), Le(1)]
 NonNegative = Annotated[float, Ge(0)]
-Positive = Annotated[float, Gt(0)]
 
 Formula: TypeAlias = Callable[..., Any]
 
