@@ -291,9 +291,7 @@ class Session:
         self, rule: ElementWise, coefficients: Sequence[float], slot: Slot, rows: Rows, run: Run, *, add: bool
     ) -> None:
         if not rule.lazy_rows:
-            whole = np.zeros(slot.shape, rows.values.dtype)
-            whole[rows.indices] = rows.values
-            self._evaluate(rule, coefficients, run._replace(g=whole.reshape(-1)), add=add)
+            self._evaluate(rule, coefficients, run._replace(g=_whole(slot, rows)), add=add)
             return
         if not rows.values.size:
             return
@@ -311,9 +309,7 @@ class Session:
     def _apply_dense(self, gradient: Gradient, t: int, out: Array, *, add: bool) -> None:
         tensors = {slot.name: g for slot, g in gradient.dense}
         for slot, rows in gradient.rows:
-            whole = np.zeros(slot.shape, rows.values.dtype)
-            whole[rows.indices] = rows.values
-            tensors[slot.name] = whole.reshape(-1)
+            tensors[slot.name] = _whole(slot, rows)
         live = self.recipe.live(list(tensors))
         if not live:
             return
@@ -372,6 +368,13 @@ class Session:
         """The learning rate of step t, of the next one if left out."""
         t = self.state.step + 1 if t is None else t
         return self.recipe.optimizer.at(t).rate(t)
+
+
+def _whole(slot: Slot, rows: Rows) -> Array:
+    """A row-sparse tensor as a flat one, zero where no row is named."""
+    whole = np.zeros(slot.shape, rows.values.dtype)
+    whole[rows.indices] = rows.values
+    return whole.reshape(-1)
 
 
 def _start(pair: tuple[Slot, Any]) -> int:

@@ -65,7 +65,8 @@ class Planned:
     checked: Checked | None = None
     document: Document | None = None
     error: CoreError | ServiceError | None = None
-    done: Done | None = None
+    done: Done | None = None  # what is remembered of the key: of this step, or without an item of an earlier one
+    rate: float = 0.0
     skipped: bool = False
 
 
@@ -185,9 +186,14 @@ class Committer:
         if request is not None and isinstance(plan.checked, Gradient):
             step += 1
             item.tensors = forms.tensors_of(request.contribution, plan.checked)
-            self._write_step(live, request, plan.checked, Stamp(step, commit), text, cursor)
-            rate = live.session.rate(step)
-            record = [step, moment, request.contribution.loss, plan.checked.norm, rate, request.worker, commit]
+            plan.rate = live.session.rate(step)
+            self._write_step(live, request, plan.checked, text)
+            if request.key is not None:
+                worker, norm = request.worker or "", plan.checked.norm
+                plan.done = Done(request.digest, step, commit, worker, plan.rate, norm)
+                cursor.keys[request.key] = plan.done
+            loss = request.contribution.loss
+            record = [step, moment, loss, plan.checked.norm, plan.rate, request.worker, commit]
             item.record = orjson.dumps(record)
         elif isinstance(plan.checked, FlatParams):
             text["kind"], held = "params", True
@@ -199,15 +205,7 @@ class Committer:
         plan.item = item
         cursor.stamp = Stamp(step, commit)
 
-    def _write_step(
-        self,
-        live: Live,
-        request: StepRequest,
-        gradient: Gradient,
-        stamp: Stamp,
-        text: dict[str, str],
-        cursor: Cursor,
-    ) -> None:
+    def _write_step(self, live: Live, request: StepRequest, gradient: Gradient, text: dict[str, str]) -> None:
         """A step's own text: what came beside its tensors, who sent it, and under which key."""
         text["kind"] = "step"
         if request.contribution.loss is not None:
@@ -225,9 +223,6 @@ class Committer:
         text |= {"key": request.key, "digest": request.digest, "norm": repr(gradient.norm)}
         if self._returns(live, request) == "updates":
             text["updates"] = "kept"
-        rate = live.session.rate(stamp.step)
-        worker = request.worker or ""
-        cursor.keys[request.key] = Done(request.digest, stamp.step, stamp.commit, worker, rate, gradient.norm)
 
     def _returns(self, live: Live, request: StepRequest) -> Literal["params", "updates", "none"]:
         if request.returns is not None:
@@ -300,12 +295,10 @@ class Committer:
         if request is None or not isinstance(checked, Gradient):
             resolve(change.future, (before, live.document) if plan.document else live.stamp)
             return
-        rate = live.session.rate(outcome.step)
-        if request.key is not None:
-            done = Done(request.digest, outcome.step, item.commit, request.worker or "", rate, checked.norm)
-            live.remember(request.key, done, outcome.updates if returns == "updates" else None)
         updates = outcome.updates if returns == "updates" else None
-        self._reply(change, Applied(live.stamp, live.session.layout, params, updates, rate, checked.norm))
+        if request.key is not None and plan.done is not None:
+            live.remember(request.key, plan.done, updates)
+        self._reply(change, Applied(live.stamp, live.session.layout, params, updates, plan.rate, checked.norm))
 
     def _replayed(self, live: Live, change: Change, done: Done) -> Applied:
         """The answer to a repeat: the same tensors where they are still at hand, else where things stand now."""

@@ -146,13 +146,19 @@ class Engine:
 
     async def session(self, id_: str) -> tuple[dict[str, Any], Stamp]:
         """The session object."""
-        head = await self._store.head(checked_id(id_))
-        if head is None:
-            raise SessionNotFound(id_)
+        head = await self._head(id_)
         return session_object(id_, head), Stamp(head.step, head.commit)
 
     async def stamp(self, id_: str) -> Stamp:
-        return (await self.session(id_))[1]
+        """Where the session stands. Cheaper than the session object: each waiter asks every now and then."""
+        head = await self._head(id_)
+        return Stamp(head.step, head.commit)
+
+    async def _head(self, id_: str) -> Head:
+        head = await self._store.head(checked_id(id_))
+        if head is None:
+            raise SessionNotFound(id_)
+        return head
 
     async def sessions(
         self, limit: int, after: str | None, label: tuple[str, str] | None
@@ -179,12 +185,9 @@ class Engine:
 
     async def delete(self, id_: str, if_match: Precondition | None) -> None:
         while True:
-            head = await self._store.head(checked_id(id_))
-            if head is None:
-                raise SessionNotFound(id_)
-            stamp = Stamp(head.step, head.commit)
-            if if_match is not None and not if_match.holds(stamp):
-                raise StepConflict(stamp.step, stamp.commit)
+            head = await self._head(id_)
+            if if_match is not None and not if_match.holds(Stamp(head.step, head.commit)):
+                raise StepConflict(head.step, head.commit)
             outcome = await self._store.delete(id_, head, None if if_match is None else head.commit)
             if outcome != "STALE":
                 break
@@ -245,7 +248,7 @@ class Engine:
         return result
 
     async def history(self, id_: str, after: int, limit: int) -> list[Record]:
-        await self.session(id_)
+        await self._head(id_)
         return [Record(*orjson.loads(line)[:6]) for line in await self._store.history(id_, after, limit)]
 
     async def wait(self, id_: str, after: int, seconds: float) -> bool:
@@ -278,13 +281,11 @@ class Engine:
                 except SessionNotFound:
                     yield Event("deleted", seen, "-")
                     return
-                while seen < now_at.step:
-                    for line in await self._store.history(id_, seen, 1000):
+                while seen < now_at.step and (lines := await self._store.history(id_, seen, 1000)):
+                    for line in lines:
                         step, *_, commit = orjson.loads(line)
                         yield Event("step", step, commit)
                         seen = step
-                    if not await self._store.history(id_, seen, 1):
-                        break
                 seen = max(seen, now_at.step)
                 try:
                     async with asyncio.timeout(LOOK):
@@ -477,7 +478,7 @@ class Engine:
 
 def _basis(live: Live) -> tuple[Head, list[files.Logged]]:
     """What a snapshot of `live` as it is now goes by, while `live` itself may go on."""
-    return Head(**{name: getattr(live.head, name) for name in Head.__slots__}), list(live.log)
+    return replace(live.head), list(live.log)
 
 
 def session_object(id_: str, head: Head) -> dict[str, Any]:

@@ -88,20 +88,15 @@ class Request:
         return query(text, allowed) if text else {}
 
     async def body(self, limit: int) -> Body:
-        """See `read_body`."""
+        """The body without its Content-Encoding: at most `limit` bytes, as sent and as inflated.
+
+        Raises BodyTooLarge, before anything is read where the Content-Length says so; UnsupportedMedia for a coding
+        that is not known, also before; MalformedEncoding; RequestTimeout; ClientGone.
+        """
         return await _read(self.headers, self.receive, limit)
 
 
 # -- bodies ----------------------------------------------------------------------------------------------------
-
-
-async def read_body(scope: Scope, receive: Receive, limit: int) -> Body:
-    """The body without its Content-Encoding: at most `limit` bytes, as sent and as inflated.
-
-    Raises BodyTooLarge, before anything is read where the Content-Length says so; UnsupportedMedia for a coding
-    that is not known, also before; MalformedEncoding; RequestTimeout; ClientGone.
-    """
-    return await _read(headers_of(scope), receive, limit)
 
 
 async def _read(headers: Headers, receive: Receive, limit: int) -> Body:

@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import orjson
@@ -246,8 +246,7 @@ def revive(id_: str, stored: Stored, read_document: DocumentReader, evaluator: E
         session, document = restored(tensors, text, created_at, read_document, evaluator)
         keys = orjson.loads(text.get("keys", "[]"))
         workers = orjson.loads(text.get("kept", "[]"))
-        here = Head(**{name: getattr(head, name) for name in Head.__slots__})
-        here.commit, here.seq = text["commit"], int(text["seq"])
+        here = replace(head, commit=text["commit"], seq=int(text["seq"]))
         live = Live(id_, session, document, here)
         live.done.update((key, Done(*done)) for key, *done in keys)
         for i, (worker, step) in enumerate(workers):

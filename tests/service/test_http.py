@@ -270,7 +270,7 @@ async def disconnected() -> http.Message:
 
 
 def read(receive: http.Receive, limit: int, headers: Iterable[tuple[bytes, bytes]] = ()) -> Any:
-    return asyncio.run(http.read_body({"headers": list(headers)}, receive, limit))
+    return asyncio.run(http.Request({"headers": list(headers)}, receive).body(limit))
 
 
 def length(value: int) -> tuple[bytes, bytes]:
