@@ -4,29 +4,21 @@ Both are closed forms of their array `average` and the step, so that nothing els
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from annotated_types import Ge
 
 from core.evaluate import BLOCK
+from core.kind import Kind
 from core.layout import Array
 from core.optimizers.rule import Decay, check_bounds
 
 KINDS: dict[str, type["Averaging"]] = {}
 
 
-class Averaging:
+class Averaging(Kind, registry=KINDS):
     """`average` is (n,) in the session's dtype; p the parameters after step t."""
-
-    kind: ClassVar[str]
-    formula: ClassVar[str]
-    source: ClassVar[str]
-    url: ClassVar[str]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        KINDS[cls.kind] = cls
 
     def __post_init__(self) -> None:
         check_bounds(self)

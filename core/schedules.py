@@ -6,9 +6,11 @@ its last value. There is no state, so a restored or forked session is exactly wh
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
+
+from core.kind import Kind
 
 Steps = Annotated[int, Ge(1)]
 Factor = Annotated[float, Gt(0)]
@@ -16,17 +18,8 @@ Factor = Annotated[float, Gt(0)]
 KINDS: dict[str, type["Schedule"]] = {}
 
 
-class Schedule:
+class Schedule(Kind, registry=KINDS):
     """A function of the step t = 1, 2, …, and the closed interval that its values stay in."""
-
-    kind: ClassVar[str]
-    formula: ClassVar[str]
-    source: ClassVar[str]
-    url: ClassVar[str]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        KINDS[cls.kind] = cls
 
     def at(self, t: int) -> float:
         """The value that step t, counted from 1, is taken with."""

@@ -25,6 +25,7 @@ from typing import Annotated, Any, ClassVar, Self, TypeAlias, get_args, get_orig
 from annotated_types import Ge, Gt, Le, Lt
 
 from core.errors import InvalidRecipe
+from core.kind import Kind
 from core.layout import Array
 from core.schedules import Schedule
 
@@ -38,19 +39,8 @@ KINDS: dict[str, type["Optimizer"]] = {}
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Kind, registry=KINDS):
     """The common part of every kind; see the module's docstring."""
-
-    kind: ClassVar[str]
-    formula: ClassVar[str]
-    source: ClassVar[str]
-    url: ClassVar[str]
-    notes: ClassVar[tuple[str, ...]] = ()
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        if "kind" in cls.__dict__:
-            KINDS[cls.kind] = cls
 
     def __post_init__(self) -> None:
         check_bounds(self)
