@@ -6,7 +6,8 @@
     ├── ParamsRequired      the method needs the parameters, and neither the session nor the entry has them
     ├── ParamsHeld          the session has the parameters, and an entry brings others
     ├── ParamsNotHeld       the session's client holds the parameters
-    ├── HessianRequired     the method needs the Hessian
+    ├── HessianRequired     the method needs the Hessian, or its diagonal
+    ├── LossRequired        the method, or a schedule, needs the loss
     └── TensorError         an array that does not fit (tensor)
         ├── UnknownTensor
         ├── MissingGradient
@@ -50,7 +51,11 @@ class ParamsNotHeld(CoreError):
 
 
 class HessianRequired(CoreError):
-    """A second-order method got a step without a Hessian."""
+    """A second-order method got a step without a Hessian, or without its diagonal where that was due."""
+
+
+class LossRequired(CoreError):
+    """A line search, or a schedule that looks at the loss, got a step without one."""
 
 
 class TensorError(CoreError):

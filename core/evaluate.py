@@ -14,12 +14,13 @@ NumPy, and takes the kernel once `compile` has put it there. Numba is optional.
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from core.layout import Array
-from core.optimizers.rule import Formula
+
+Formula: TypeAlias = Callable[..., Any]
 
 BLOCK = 16_384
 # Below this a compiled loop saves microseconds and is not worth two seconds of a core.
@@ -143,14 +144,6 @@ def _compiled(spec: Spec) -> Callable[..., None]:
     kernel.disable_compile()
     compiled: Callable[..., None] = kernel
     return compiled
-
-
-def run_ahead(formula: Formula, params: Array, slots: Sequence[Array], coefficients: Sequence[float]) -> Array:
-    """The point (n,) at which the next gradient is to be taken: formula(p, *slots, *coefficients)."""
-    with np.errstate(all="ignore"):
-        scalars = [params.dtype.type(value) for value in coefficients]
-        point: Array = formula(params, *slots, *scalars)
-    return point
 
 
 def norm(arrays: Sequence[Array]) -> float:

@@ -70,6 +70,7 @@ LAYERS: dict[str, set[str]] = {
     "service.examples": CORE
     | WIRE
     | {"service.errors", "service.documents", "service.problems", "service.replies", "service.schemas"},
+    "service.listing": {"service.catalogue"},
     "service.operations": {"service.catalogue", "service.examples"},
     "service.openapi": CORE | REFERENCE | {"service.kinds", "service.problems", "service.schemas"},
     "service.reference": {"service.openapi", "service.pages", "service.problems"},
@@ -89,6 +90,7 @@ LAYERS: dict[str, set[str]] = {
     "service.cli": {
         "service",
         "service.memory",
+        "service.listing",
         "service.app",
         "service.settings",
         "service.logs",
@@ -102,7 +104,20 @@ BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "managers", "man
 MOST_LINES = 500
 
 # Not all of sys.stdlib_module_names: the core has no business with sockets, files, clocks and threads.
-STANDARD = {"collections", "copy", "dataclasses", "fnmatch", "functools", "importlib", "itertools", "math", "typing"}
+STANDARD = {
+    "bisect",
+    "collections",
+    "copy",
+    "dataclasses",
+    "fnmatch",
+    "functools",
+    "hashlib",
+    "importlib",
+    "itertools",
+    "math",
+    "types",
+    "typing",
+}
 
 
 def name_of(path: Path) -> str:

@@ -1,18 +1,18 @@
 """A rate of its own for each parameter, from the squares of its gradients."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from core.errors import InvalidRecipe
+from core.hyperparameters import Decay, NonNegative, Rate, schedules_of
 from core.layout import Array
-from core.optimizers.rule import Decay, Dense, ElementWise, Formula, NonNegative, Rate, schedules_of
+from core.optimizers.rule import Beside, ElementWise, Family, Formula, Own, State, Whole, epsilons
 
 
 @dataclass(frozen=True)
-class Adagrad(ElementWise, Dense):
+class Adagrad(ElementWise, Whole):
     """The sum of squared gradients, diagonal or as a full matrix.
 
     `eps_inside` puts epsilon under the root. `matrix`: "full" keeps the sum of g gᵀ over all n ≤ 4096
@@ -22,7 +22,7 @@ class Adagrad(ElementWise, Dense):
 
     kind: ClassVar[str] = "adagrad"
     formula: ClassVar[str] = (
-        r"G \leftarrow G + g^2,\quad u = -\frac{\eta\, g}{\sqrt{G} + \varepsilon};\qquad"
+        r"G \leftarrow G + g^2,\quad u = -\frac{\eta\, g}{\sqrt{G} + \varepsilon};\qquad "
         r"\text{full: } G \leftarrow G + g g^{\top},\ u = -\eta\,(G + \varepsilon I)^{-1/2} g"
     )
     source: ClassVar[str] = "Duchi, Hazan & Singer 2011, Adaptive Subgradient Methods"
@@ -31,6 +31,7 @@ class Adagrad(ElementWise, Dense):
         "torch: the defaults. optax, Keras: eps_inside true, eps 1e-7, initial_accumulator 0.1.",
     )
     lazy_rows: ClassVar[bool] = True
+    limit: ClassVar[int | None] = 4096
 
     lr: Rate = 1e-2
     eps: NonNegative = 1e-10
@@ -44,16 +45,15 @@ class Adagrad(ElementWise, Dense):
             raise InvalidRecipe("/initial_accumulator", "it is used before the first step alone: no schedule")
 
     @property
-    def dense(self) -> bool:
-        return self.matrix == "full"
+    def family(self) -> Family:
+        return "whole" if self.matrix == "full" else "elements"
 
     @property
     def slots(self) -> tuple[str, ...]:
-        return () if self.dense else ("G",)
+        return ("G",) if self.matrix == "diagonal" else ()
 
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        return ("G",) if self.dense else ()
+    def own(self, n: int) -> dict[str, Own]:
+        return {"G": Own((n, n), self.initial_accumulator, square=True)} if self.matrix == "full" else {}
 
     def initial(self, slot: str) -> float:
         return self.initial_accumulator
@@ -68,19 +68,19 @@ class Adagrad(ElementWise, Dense):
     def rate(self, t: int) -> float:
         return self.lr / (1.0 + (t - 1) * self.lr_decay)
 
-    def step(self, g: Array, matrices: Mapping[str, Array], hessian: Array | None, lr: Array) -> Array:
+    def step(self, t: int, g: Array, p: Array | None, state: State, beside: Beside) -> Array:
         # Where the sum is beyond the dtype it stops at its end: an infinity has no eigenvectors.
-        end = np.finfo(matrices["G"].dtype).max
-        total = matrices["G"].astype(np.float64) + np.outer(g, g)
-        matrices["G"][...] = np.clip(total, -end, end)
-        values, vectors = np.linalg.eigh(matrices["G"].astype(np.float64))
+        matrix, g = state["G"], g.astype(np.float64)
+        end = np.finfo(matrix.dtype).max
+        matrix[...] = np.clip(matrix.astype(np.float64) + np.outer(g, g), -end, end)
+        values, vectors = np.linalg.eigh(matrix.astype(np.float64))
         # Directions that no gradient has had yet have the eigenvalue 0, or a rounding error beside it. What g has
         # along them is rounding error too, and must not be divided by the root of one.
-        error = len(g) * np.finfo(matrices["G"].dtype).eps * values.max(initial=0.0)
+        error = len(g) * np.finfo(matrix.dtype).eps * values.max(initial=0.0)
         squares = np.maximum(values, 0.0) + self.eps
         along = vectors.T @ g
         scaled = np.divide(along, np.sqrt(squares), out=np.zeros_like(along), where=squares > error)
-        update: Array = -lr * (vectors @ scaled)
+        update: Array = -beside.lr * (vectors @ scaled)
         return update
 
 
@@ -89,9 +89,45 @@ def adagrad(g: Array, total: Array, lr: Array, eps_inside: Array, eps_outside: A
     return -lr * g / (np.sqrt(total + eps_inside) + eps_outside), total
 
 
-def epsilons(eps: float, inside: bool) -> tuple[float, float]:
-    """(under the root, beside the root): one of them is 0, and adding 0 changes no bit."""
-    return (eps, 0.0) if inside else (0.0, eps)
+@dataclass(frozen=True)
+class Adadelta(ElementWise):
+    """Steps in proportion to the root mean square of the steps before, over that of the gradients.
+
+    Epsilon is under both roots; without it no step would ever be the first.
+    """
+
+    kind: ClassVar[str] = "adadelta"
+    formula: ClassVar[str] = (
+        r"s \leftarrow \rho s + (1-\rho)\, g^2,\quad "
+        r"\delta = \frac{\sqrt{d + \varepsilon}}{\sqrt{s + \varepsilon}}\, g,\quad "
+        r"d \leftarrow \rho d + (1-\rho)\, \delta^2,\quad u = -\eta\, \delta"
+    )
+    source: ClassVar[str] = "Zeiler 2012, ADADELTA: An Adaptive Learning Rate Method"
+    url: ClassVar[str] = "https://arxiv.org/abs/1212.5701"
+    notes: ClassVar[tuple[str, ...]] = (
+        "torch, optax: the defaults. Keras: lr 1e-3, rho 0.95, eps 1e-7. The paper has no rate: lr 1.",
+    )
+
+    lr: Rate = 1.0
+    rho: Decay = 0.9
+    eps: NonNegative = 1e-6
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("s", "d")
+
+    @property
+    def update(self) -> Formula:
+        return adadelta
+
+    def coefficients(self, t: int) -> tuple[float, ...]:
+        return self.rho, 1.0 - self.rho, self.eps, self.lr
+
+
+def adadelta(g: Array, s: Array, d: Array, rho: Array, rest: Array, eps: Array, lr: Array) -> tuple[Array, ...]:
+    s = rho * s + rest * g * g
+    delta = np.sqrt(d + eps) / np.sqrt(s + eps) * g
+    return -lr * delta, s, rho * d + rest * delta * delta
 
 
 @dataclass(frozen=True)
@@ -104,8 +140,8 @@ class RmsProp(ElementWise):
 
     kind: ClassVar[str] = "rmsprop"
     formula: ClassVar[str] = (
-        r"s \leftarrow \alpha s + (1-\alpha)\, g^2,\quad u = -\frac{\eta\, g}{\sqrt{s} + \varepsilon};\qquad"
-        r"\text{centered: } \sqrt{s - \bar g^2};\qquad"
+        r"s \leftarrow \alpha s + (1-\alpha)\, g^2,\quad u = -\frac{\eta\, g}{\sqrt{s} + \varepsilon};\qquad "
+        r"\text{centered: } \sqrt{s - \bar g^2};\qquad "
         r"\text{momentum: } v \leftarrow \mu v + \frac{g}{\sqrt{s} + \varepsilon},\ u = -\eta v"
     )
     source: ClassVar[str] = "Tieleman & Hinton 2012, Lecture 6.5; Graves 2013 (centered)"

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from core.errors import InvalidRecipe
+from core.hyperparameters import Decay, Rate
 from core.layout import Array
-from core.optimizers.rule import Decay, ElementWise, Formula, Rate
+from core.optimizers.rule import ElementWise, Formula, State
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Momentum(ElementWise):
 
     kind: ClassVar[str] = "momentum"
     formula: ClassVar[str] = (
-        r"v \leftarrow \mu v + (1-\tau)\, g,\quad u = -\eta v;\qquad"
-        r"\text{nesterov: } u = -\eta (g + \mu v);\qquad"
+        r"v \leftarrow \mu v + (1-\tau)\, g,\quad u = -\eta v;\qquad "
+        r"\text{nesterov: } u = -\eta (g + \mu v);\qquad "
         r"\text{lookahead: } v \leftarrow \mu v + \eta \nabla J(\theta - \mu v),\ u = -v"
     )
     source: ClassVar[str] = "Polyak 1964; Nesterov 1983; Sutskever et al. 2013"
@@ -75,8 +76,16 @@ class Momentum(ElementWise):
         return nesterov if self.nesterov is True else heavy_ball
 
     @property
-    def ahead(self) -> Formula | None:
-        return look_ahead if self.nesterov == "lookahead" else None
+    def hands_out(self) -> bool:
+        return self.nesterov == "lookahead"
+
+    @property
+    def held_only(self) -> bool:
+        return False  # a client that holds the parameters knows v too: it is the last update, turned round
+
+    def point(self, t: int, p: Array, state: State) -> Array:
+        ahead: Array = p - self.momentum * state["v"] if self.hands_out else p
+        return ahead
 
     def coefficients(self, t: int) -> tuple[float, ...]:
         inside = self.lr_in_velocity or self.nesterov == "lookahead"
@@ -95,8 +104,3 @@ def heavy_ball(g: Array, v: Array, momentum: Array, share: Array, lr: Array) -> 
 def nesterov(g: Array, v: Array, momentum: Array, share: Array, lr: Array) -> tuple[Array, Array]:
     v = momentum * v + share * g
     return -lr * (share * g + momentum * v), v
-
-
-def look_ahead(p: Array, v: Array, momentum: Array, share: Array, lr: Array) -> Array:
-    point: Array = p - momentum * v
-    return point

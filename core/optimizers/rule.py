@@ -1,71 +1,78 @@
-"""What an optimizer is: a frozen dataclass of hyperparameters, named slots, and a pure rule.
+"""What an optimizer is: a frozen dataclass of hyperparameters, named state, and a pure rule.
 
-The fields with their bounds are the one declaration: validation, JSON Schema and catalogue are read off
-them. A field of type float may hold a Schedule; `at(t)` puts its value at step t in its place, so
-that a rule only ever sees numbers.
+There are three families, by what a rule must see at once:
 
-An element-wise method (`ElementWise`) is written as on paper, for one element:
+    ElementWise   one parameter: sgd, adam, lion. Written as on paper, for one element:
+                      u, *slots = update(g, [p,] *slots, *coefficients)
+                  `update` uses its arguments alone: no literal numbers, no other functions than NumPy's square root,
+                  absolute value, sign, minimum and maximum. A literal would be float64 in the compiled loop and
+                  weakly typed in NumPy, and the two would not agree in the last bit; neither would they in a power or
+                  a logarithm, nor in the sign of -0.0, and `where` costs the compiled loop its vector code. Options
+                  that only move a constant (where epsilon goes, whether the rate is in the velocity) are therefore
+                  coefficients that are 0 or 1, which leave the bits as they are. How many coefficients there are must
+                  not depend on a number's value, which a schedule may take through 0.
+    TensorWise    one tensor in its shape: norms, factors, preconditioners.
+    Whole         all live parameters as one vector: curvature, line searches, distances.
 
-    u, *slots = update(g, [p,] *slots, *coefficients)
+The update u is what is added to the parameters. State is named: *slots* have an element per parameter, whatever has
+another shape is the method's *own* (a mean per row, a matrix, a counter).
 
-`update` uses its arguments alone: no literal numbers, no other functions than NumPy's. A literal
-would be float64 in the compiled loop and weakly typed in NumPy, and the two would not agree in the last bit.
-Options that only move a constant (where epsilon goes, whether the rate is in the velocity) are therefore
-coefficients that are 0 or 1, which leave the bits as they are, and not branches.
-
-A method that needs matrices (`Dense`) works in float64 on the whole vector of live parameters.
+A method that wants its next gradient somewhere else than at the parameters (Nesterov's look-ahead, a line search's
+trial point) says where by `point`, and nothing more: `at=next` hands that out.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from copy import copy
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Self, TypeAlias, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
 
-from annotated_types import Ge, Gt, Le, Lt
-
-from core.errors import InvalidRecipe
-from core.kind import Kind
+from core.evaluate import Formula
+from core.hyperparameters import Adjustable
 from core.layout import Array
-from core.schedules import Schedule
 
-Rate = Annotated[float, Ge(0)]
-Decay = Annotated[float, Ge(0), Lt(1)]
-NonNegative = Annotated[float, Ge(0)]
-
-Formula: TypeAlias = Callable[..., Any]
+Scalars: TypeAlias = dict[str, float]
+State: TypeAlias = Mapping[str, Array]
+Family: TypeAlias = Literal["elements", "tensors", "whole"]
 
 KINDS: dict[str, type["Optimizer"]] = {}
 
 
+class Own(NamedTuple):
+    """An array of the state that has not one element per parameter. At first it is filled with `fill`."""
+
+    shape: tuple[int, ...]
+    fill: float = 0.0
+    exact: bool = False  # float64, whatever the session's dtype
+    square: bool = False  # (n, n) over all parameters, at first `fill` times the identity
+
+
+class Beside(NamedTuple):
+    """What a Whole step gets beside the gradient."""
+
+    lr: Array  # (n,), or () where all parameters have one rate; float64
+    loss: float | None = None
+    hessian: Array | None = None  # (n, n), float64
+
+
 @dataclass(frozen=True)
-class Optimizer(Kind, registry=KINDS):
+class Optimizer(Adjustable, registry=KINDS):
     """The common part of every kind; see the module's docstring."""
 
-    def __post_init__(self) -> None:
-        check_bounds(self)
-        self.check()
-
-    def check(self) -> None:
-        """Raises InvalidRecipe for options that exclude each other."""
-
-    def at(self, t: int) -> Self:
-        """This optimizer with the schedules' values at step t = 1, 2, … in their places."""
-        values = {name: schedule.at(t) for name, schedule in schedules_of(self).items()}
-        if not values:
-            return self
-        # Not by `replace`: what was checked when the recipe was made must not be refused in the middle of a step.
-        resolved = copy(self)
-        vars(resolved).update(values)
-        return resolved
+    @property
+    def family(self) -> Family:
+        """Which of the three it is; some kinds have a form in more than one."""
+        raise NotImplementedError
 
     def rate(self, t: int) -> float:
         """The learning rate of step t, schedules resolved."""
         return float(vars(self)["lr"])
 
+    def changed(self, settings: Mapping[str, Any]) -> Self:
+        """The same with other hyperparameters. Raises InvalidRecipe, and TypeError for one that there is not."""
+        return replace(self, **settings)
+
     @property
     def needs(self) -> frozenset[str]:
-        """What must be there for a step: "params", "hessian", "loss"."""
+        """What must be there for a step: "params", "loss", "hessian", "hessian_diagonal"."""
         return frozenset()
 
     @property
@@ -73,19 +80,36 @@ class Optimizer(Kind, registry=KINDS):
         """Names of the arrays with one element per parameter."""
         return ()
 
-    @property
-    def matrices(self) -> tuple[str, ...]:
-        """Names of the n × n arrays over all parameters."""
-        return ()
-
-    @property
-    def dense(self) -> bool:
-        """Whether this form works on matrices over all parameters (see Dense)."""
-        return False
-
     def initial(self, slot: str) -> float:
         """What `slot` is filled with before the first step."""
         return 0.0
+
+    def due(self, t: int) -> bool:
+        """Whether step t must bring the diagonal of the Hessian."""
+        return False
+
+    @property
+    def hands_out(self) -> bool:
+        """Whether the next gradient is to be taken somewhere else than at the parameters."""
+        return False
+
+    def point(self, t: int, p: Array, state: State) -> Array:
+        """Where gradient number t is to be taken; p and the slots in `state` are flat, of the same stretch."""
+        return p
+
+    @property
+    def held_only(self) -> bool:
+        """Whether the session must hold the parameters, since nobody else can know the next point."""
+        return self.hands_out
+
+    @property
+    def has_final(self) -> bool:
+        """Whether the result to use is something else than the parameters."""
+        return False
+
+    def final(self, t: int, p: Array, state: State) -> Array:
+        """The result after t steps; as `point`."""
+        return p
 
 
 @dataclass(frozen=True)
@@ -93,10 +117,15 @@ class ElementWise(Optimizer):
     """A method in which each parameter's update depends on that parameter's own history alone."""
 
     lazy_rows: ClassVar[bool] = False  # a row-sparse gradient touches its rows alone
+    compact: ClassVar[bool] = True  # the slots may be kept in bfloat16: they are means, not positions or counts
+
+    @property
+    def family(self) -> Family:
+        return "elements"
 
     @property
     def update(self) -> Formula:
-        """(g, [p,] *slots, *coefficients) -> (u, *slots), for one element."""
+        """(g, [p,] *slots, *coefficients) -> (u, *slots), for one element; p where `needs` has "params"."""
         raise NotImplementedError
 
     def coefficients(self, t: int) -> tuple[float, ...]:
@@ -104,85 +133,86 @@ class ElementWise(Optimizer):
         raise NotImplementedError
 
     @property
-    def ahead(self) -> Formula | None:
-        """(p, *slots, *coefficients) -> where the next gradient is to be taken; None: at p."""
-        return None
+    def scalars(self) -> Mapping[str, float]:
+        """Numbers that a tensor's state has beside its slots (a running product), with their first values."""
+        return {}
+
+    def tracked(self, t: int, scalars: Scalars) -> tuple[float, ...]:
+        """The coefficients of a method that keeps `scalars`, which it brings from step t - 1 to step t here."""
+        return self.coefficients(t)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the update keeps still where it points along the gradient (the option `cautious`).
+
+        The last coefficient of such a method that needs the parameters is its decoupled decay, which is not masked.
+        """
+        return False
+
+    def observe(self, t: int, diagonal: Array, state: State) -> None:
+        """Takes the diagonal of the Hessian, flat, into the slots; for methods that need it."""
 
 
 @dataclass(frozen=True)
-class Dense(Optimizer):
-    """A method that works on matrices over all n parameters; n is at most `LIMIT`."""
-
-    LIMIT: ClassVar[int] = 4096
+class TensorWise(Optimizer):
+    """A method that sees one tensor at a time, whole: its norm, its rows and columns."""
 
     @property
-    def dense(self) -> bool:
-        return True
+    def family(self) -> Family:
+        return "tensors"
 
-    def step(self, g: Array, matrices: Mapping[str, Array], hessian: Array | None, lr: Array) -> Array:
-        """The update of the live parameters, float64 (n,); `matrices` (n, n) are changed in place."""
+    def own(self, shape: tuple[int, ...]) -> dict[str, Own]:
+        """The state of a tensor of this shape, all of it: such a method has no slots of the flat kind."""
+        return {}
+
+    def step(self, t: int, g: Array, p: Array | None, state: State) -> Array:
+        """The update, in the shape and dtype of g; `state` are the arrays of `own`, changed in place.
+
+        `p` is there where `needs` has "params". g and p must not be written to.
+        """
         raise NotImplementedError
 
 
-def schedules_of(settings: object) -> dict[str, Schedule]:
-    """The fields of a dataclass that hold schedules."""
-    return {name: value for name, value in vars(settings).items() if isinstance(value, Schedule)}
+@dataclass(frozen=True)
+class Whole(Optimizer):
+    """A method that sees all live parameters at once."""
+
+    limit: ClassVar[int | None] = None  # of parameters, where there are matrices over them
+    partial: ClassVar[bool] = True  # whether a step may leave tensors out
+
+    @property
+    def family(self) -> Family:
+        return "whole"
+
+    def own(self, n: int) -> dict[str, Own]:
+        """What the session's state has beside the slots; n is the number of all parameters."""
+        return {}
+
+    def step(self, t: int, g: Array, p: Array | None, state: State, beside: Beside) -> Array | None:
+        """The update of the live parameters (n,); None: not yet, another gradient is wanted first.
+
+        g, p and the slots in `state` are (n,), in the session's dtype; slots and own arrays are changed in place.
+        g and p must not be written to.
+        """
+        raise NotImplementedError
 
 
-def numeric_fields(cls: type) -> dict[str, tuple[Any, ...]]:
-    """Field name -> its bounds, for each field of type float or int."""
-    found = {}
-    hints = get_type_hints(cls, include_extras=True)
-    for field in fields(cls):
-        hint = hints[field.name]
-        base, *bounds = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-        if base in (float, int):
-            found[field.name] = tuple(bounds)
-    return found
+def epsilons(eps: float, inside: bool) -> tuple[float, float]:
+    """(under the root, beside the root): one of them is 0, and adding 0 changes no bit."""
+    return (eps, 0.0) if inside else (0.0, eps)
 
 
-def check_bounds(settings: Any) -> None:
-    """Raises InvalidRecipe where a number, or what a schedule runs through, is out of its bounds."""
-    for name, bounds in numeric_fields(type(settings)).items():
-        value = getattr(settings, name)
-        if isinstance(value, Schedule) and isinstance(settings, Optimizer):
-            ends = _checked_span(name, value)
-        elif not _is_finite_number(value):
-            raise InvalidRecipe(f"/{name}", "it must be a finite number")
-        else:
-            ends = (value, value)
-        for bound in bounds:
-            for end in ends:
-                complaint = _violates(end, bound)
-                if complaint:
-                    raise InvalidRecipe(f"/{name}", f"{complaint}, but it reaches {end:g}")
-
-
-def _checked_span(name: str, schedule: Schedule) -> tuple[float, float]:
-    try:
-        check_bounds(schedule)
-    except InvalidRecipe as error:
-        raise InvalidRecipe(f"/{name}{error.pointer}", error.reason) from None
-    return schedule.span()
-
-
-def _is_finite_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the floats
-        return False
-
-
-def _violates(value: float, bound: object) -> str | None:
-    match bound:
-        case Ge(ge=low) if not value >= low:  # type: ignore[operator]
-            return f"it must be at least {low}"
-        case Gt(gt=low) if not value > low:  # type: ignore[operator]
-            return f"it must be greater than {low}"
-        case Le(le=high) if not value <= high:  # type: ignore[operator]
-            return f"it must be at most {high}"
-        case Lt(lt=high) if not value < high:  # type: ignore[operator]
-            return f"it must be less than {high}"
-    return None
+__all__ = [
+    "KINDS",
+    "Beside",
+    "ElementWise",
+    "Family",
+    "Formula",
+    "Optimizer",
+    "Own",
+    "Scalars",
+    "State",
+    "TensorWise",
+    "Whole",
+    "epsilons",
+]

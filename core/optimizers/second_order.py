@@ -1,18 +1,18 @@
 """Methods that use the curvature."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from core.errors import HessianRequired, InvalidRecipe
+from core.hyperparameters import NonNegative, Rate, schedules_of
 from core.layout import Array
-from core.optimizers.rule import Dense, NonNegative, Rate, schedules_of
+from core.optimizers.rule import Beside, State, Whole
 
 
 @dataclass(frozen=True)
-class Newton(Dense):
+class Newton(Whole):
     """Newton's method: the step size comes from the curvature, where it is positive.
 
     The Hessian H of the step is taken apart into eigenvectors. Along one of positive curvature the step
@@ -30,6 +30,8 @@ class Newton(Dense):
         "'absolute' then takes the gradient step, since there is nothing to divide by.",
     )
 
+    limit: ClassVar[int | None] = 4096
+
     lr: Rate = 1e-3
     damping: NonNegative = 0.0
     negative_curvature: Literal["gradient", "absolute", "damp"] = "gradient"
@@ -44,7 +46,8 @@ class Newton(Dense):
     def needs(self) -> frozenset[str]:
         return frozenset({"hessian"})
 
-    def step(self, g: Array, matrices: Mapping[str, Array], hessian: Array | None, lr: Array) -> Array:
+    def step(self, t: int, g: Array, p: Array | None, state: State, beside: Beside) -> Array:
+        hessian, g = beside.hessian, g.astype(np.float64)
         if hessian is None:
             raise HessianRequired
         curvatures, vectors = np.linalg.eigh(hessian / 2 + hessian.T / 2)
@@ -58,5 +61,5 @@ class Newton(Dense):
         curved = size > flat
         divisor = np.where(curved, size + self.damping, 1.0)
         newton: Array = -(vectors @ np.where(curved, along / divisor, 0.0))
-        newton -= lr * (vectors @ np.where(curved, 0.0, along))
+        newton -= beside.lr * (vectors @ np.where(curved, 0.0, along))
         return newton

@@ -1,25 +1,36 @@
 """Makes sessions, and looks at them, in few words."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from core import averaging, schedules
+from core import averaging, schedules, transforms
 from core.averaging import Averaging
+from core.contributions import Contribution
 from core.evaluate import Evaluator
 from core.layout import Array, Layout
 from core.optimizers import KINDS, Optimizer
 from core.recipe import Group, Recipe
 from core.schedules import Schedule
-from core.session import Contribution, Outcome, Session, State, tensors_of
+from core.session import Outcome, Session
+from core.state import State, tensors_of
+from core.transforms import Transform
 
 WORDS = {4: np.uint32, 8: np.uint64}
 
 
 def schedule_of(settings: Mapping[str, Any]) -> Schedule:
     """`settings` as in a request: {"kind": "linear", "init": …}."""
-    return schedules.KINDS[settings["kind"]](**{name: value for name, value in settings.items() if name != "kind"})
+    fields = {name: _tuples(value) for name, value in settings.items() if name != "kind"}
+    return schedules.KINDS[settings["kind"]](**fields)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as the core has them; in a schedule an object is another schedule."""
+    if isinstance(value, dict):
+        return schedule_of(value)
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def averaging_of(settings: Mapping[str, Any]) -> Averaging:
@@ -27,12 +38,21 @@ def averaging_of(settings: Mapping[str, Any]) -> Averaging:
 
 
 def optimizer_of(settings: Mapping[str, Any]) -> Optimizer:
-    fields = {
-        name: schedule_of(value) if isinstance(value, dict) else value
-        for name, value in settings.items()
-        if name != "kind"
-    }
-    return KINDS[settings["kind"]](**fields)
+    return KINDS[settings["kind"]](**_fields(settings))
+
+
+def transform_of(settings: Mapping[str, Any]) -> Transform:
+    return transforms.KINDS[settings["kind"]](**_fields(settings))
+
+
+def _fields(settings: Mapping[str, Any]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name == "base":
+            fields[name] = optimizer_of(value)
+        elif name != "kind":
+            fields[name] = schedule_of(value) if isinstance(value, dict) else value
+    return fields
 
 
 def make(
@@ -44,11 +64,15 @@ def make(
     evaluator: Evaluator | None = None,
     groups: Sequence[Group] = (),
     averaging: Averaging | None = None,
+    transforms: Sequence[Transform | Mapping[str, Any]] = (),
+    state_dtype: Literal["bfloat16"] | None = None,
 ) -> Session:
     """A session at step 0 that starts from `params`, or whose client holds them."""
     arrays = {name: np.asarray(value, np.float64) for name, value in params.items()}
     layout = Layout({name: array.shape for name, array in arrays.items()})
-    recipe = Recipe(optimizer, layout, dtype, tuple(groups), averaging)
+    made = tuple(t if isinstance(t, Transform) else transform_of(t) for t in transforms)
+    seed = None if state_dtype is None else 12345
+    recipe = Recipe(optimizer, layout, dtype, tuple(groups), averaging, "reject", made, state_dtype, seed)
     return Session.new(recipe, arrays if held else None, evaluator or Evaluator())
 
 
@@ -60,6 +84,26 @@ def step(
     return session.apply(checked, want_updates=want_updates, fresh=fresh)
 
 
+def go(session: Session, gradients: Mapping[str, Any], *, at: int | None = None, **options: Any) -> Outcome:
+    """A step with all that the session's method needs beside the gradient; `params` must be given.
+
+    The Hessian is positive, and so is its diagonal; the loss falls, by the step `at` where that is given.
+    """
+    needs, size = session.recipe.needs, session.layout.size
+    if "hessian" in needs:
+        options.setdefault("hessian", np.diag(np.arange(1.0, size + 1.0)))
+    if "hessian_diagonal" in needs:
+        options.setdefault("hessian_diagonal", {name: _diagonal(session, name) for name in gradients})
+    if "loss" in needs:
+        options.setdefault("loss", 10.0 / (1 + (session.state.step if at is None else at)))
+    return step(session, gradients, **options)
+
+
+def _diagonal(session: Session, name: str) -> Array:
+    shape = session.layout.slots[name].shape
+    return np.linspace(0.5, 2.0, int(np.prod(shape))).reshape(shape)
+
+
 def trajectory(
     optimizer: Optimizer, start: Sequence[float], gradients: Sequence[Sequence[float]], **options: Any
 ) -> Array:
@@ -67,7 +111,7 @@ def trajectory(
     session = make(optimizer, {"w": start}, **options)
     seen = []
     for g in gradients:
-        step(session, {"w": np.asarray(g, np.float64)})
+        go(session, {"w": np.asarray(g, np.float64)})
         seen.append(held(session).copy())
     return np.stack(seen)
 
@@ -100,7 +144,7 @@ def assert_same_state(first: State, second: State) -> None:
     assert (first.params is None) == (second.params is None)
     if first.params is not None and second.params is not None:
         assert_same_bits(first.params, second.params)
-    for ours, theirs in ((first.slots, second.slots), (first.matrices, second.matrices)):
+    for ours, theirs in ((first.slots, second.slots), (first.own, second.own)):
         assert set(ours) == set(theirs)
         for name in ours:
             assert_same_bits(ours[name], theirs[name])

@@ -21,7 +21,7 @@ from core.evaluate import BLOCK, WORTH_COMPILING, Evaluator, Run, Spec, norm
 from core.layout import Array
 from core.optimizers import KINDS, ElementWise
 from core.optimizers.descent import Sgd, descend
-from tests.core.build import assert_same_bits, assert_same_state, bits, make, step
+from tests.core.build import assert_same_bits, assert_same_state, bits, go, make, step
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")
 
@@ -51,7 +51,7 @@ def forms(cls: type[ElementWise]) -> Iterator[ElementWise]:
             rule = cls(**dict(zip(options, combination, strict=True)))
         except InvalidRecipe:  # options that exclude each other
             continue
-        if not rule.dense:
+        if rule.family == "elements":
             yield rule
 
 
@@ -60,7 +60,7 @@ FORMS = {cls.kind: list(forms(cls)) for cls in ELEMENT_WISE}
 
 
 def spec_of(rule: ElementWise, dtype: str, *, target: str) -> Spec:
-    needs_params, coefficients = "params" in rule.needs, len(rule.coefficients(1))
+    needs_params, coefficients = "params" in rule.needs, len(rule.tracked(1, dict(rule.scalars)))
     add, in_place = target != "updates", target == "in_place"
     return Spec(rule.update, needs_params, len(rule.slots), coefficients, dtype, add, in_place)
 
@@ -99,10 +99,12 @@ def walk(evaluator: Evaluator, rule: ElementWise, dtype: str, size: int, steps: 
     params, *gradients = (array[:size].copy() for array in wild(dtype)[: steps + 1])
     slots = [np.full(size, rule.initial(slot), dtype) for slot in rule.slots]
     seen = []
+    scalars = dict(rule.scalars)
     for t, g in enumerate(gradients, 1):
+        coefficients = rule.tracked(t, scalars)
         out = params if target == "in_place" else np.empty_like(params)
         run = Run(g, params, slots, out)
-        evaluator.run(rule.update, run, rule.coefficients(t), needs_params="params" in rule.needs, add=add)
+        evaluator.run(rule.update, run, coefficients, needs_params="params" in rule.needs, add=add)
         seen += [out.copy(), *[slot.copy() for slot in slots]]
         params = out if add else params
     return seen
@@ -150,7 +152,7 @@ def test_same_bits_in_a_session(kind: str) -> None:
     for _ in range(4):
         gradients = {name: random.normal(size=shape) for name, shape in shapes.items()}
         for session in sessions:
-            step(session, gradients)
+            go(session, gradients)
         assert_same_state(sessions[0].state, sessions[1].state)
 
 
@@ -184,7 +186,7 @@ def test_a_formula_stays_in_the_dtype(formula: str) -> None:
     """A literal number in one would make float64 of it."""
     for rule, dtype in itertools.product(FORMULAS[formula], DTYPES):
         ones = [np.ones(3, dtype) for _ in range(1 + ("params" in rule.needs) + len(rule.slots))]
-        scalars = [np.dtype(dtype).type(value) for value in rule.coefficients(2)]
+        scalars = [np.dtype(dtype).type(value) for value in rule.tracked(2, dict(rule.scalars))]
         assert [array.dtype for array in rule.update(*ones, *scalars)] == [np.dtype(dtype)] * (1 + len(rule.slots))
 
 

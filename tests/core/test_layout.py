@@ -12,7 +12,9 @@ from core.errors import InvalidRecipe, ShapeMismatch, UnknownTensor
 from core.layout import BF16, MAX_SIZE, Layout, Rows, cast, escape, merge_rows
 
 shapes = st.dictionaries(
-    st.text(st.characters(categories=["L", "N", "P"], exclude_characters=":"), min_size=1, max_size=20),
+    st.text(st.characters(categories=["L", "N", "P"], exclude_characters=":"), min_size=1, max_size=20).filter(
+        lambda name: name != "__metadata__"
+    ),
     st.lists(st.integers(0, 4), max_size=8),
     min_size=1,
     max_size=6,

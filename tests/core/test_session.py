@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from core.averaging import Ema, Polyak
+from core.contributions import Contribution, NewParams, NewRecipe
 from core.errors import (
     CoreError,
     HessianRequired,
@@ -29,33 +30,33 @@ from core.optimizers import KINDS, Optimizer
 from core.optimizers.adam import Adam, AdamW
 from core.optimizers.adaptive import Adagrad, RmsProp
 from core.optimizers.descent import Momentum, Sgd
+from core.optimizers.quasi_newton import Lbfgs
 from core.optimizers.second_order import Newton
 from core.recipe import Group, Recipe
 from core.schedules import Exponential, InverseTime, Linear
-from core.session import Contribution, NewParams, NewRecipe, Session, state_of, tensors_of
-from tests.core.build import assert_same_bits, assert_same_state, held, make, picture, step, trajectory
+from core.session import Session
+from core.state import state_of, tensors_of
+from tests.core.build import assert_same_bits, assert_same_state, go, held, make, picture, step, trajectory
 
 START = {"w": [[1.0, -2.0], [0.5, 4.0], [-0.0, 0.0]], "b": [0.25, -0.5], "s": 3.0}
 RANDOM = np.random.default_rng(11)
 GRADIENTS = [
     {"w": RANDOM.normal(size=(3, 2)), "b": RANDOM.normal(size=2), "s": np.asarray(RANDOM.normal())} for _ in range(5)
 ]
-HESSIAN = np.diag(np.arange(1.0, 10.0))
-
 # One form of each kind, and those that keep other things than their kind does by default.
 RULES: dict[str, Optimizer] = {kind: cls() for kind, cls in KINDS.items()} | {
     "momentum lookahead": Momentum(nesterov="lookahead"),
     "rmsprop with everything": RmsProp(momentum=0.5, centered=True),
     "adagrad full": Adagrad(matrix="full", initial_accumulator=0.1),
     "adam scheduled": Adam(lr=Linear(0.1, 0.01, 3), beta1=Linear(0.5, 0.9, 3)),
+    "adam cautious": Adam(cautious=True),
+    "lbfgs without a search": Lbfgs(line_search="none"),
 }
-
-
-def go(session: Session, gradients: Mapping[str, Any], **options: Any) -> Any:
-    """A step with everything beside the gradient that the session's kind needs."""
-    if "hessian" in session.recipe.needs:
-        options["hessian"] = HESSIAN
-    return step(session, gradients, **options)
+# Those whose parameters a client may hold.
+CLIENTS = [name for name, rule in RULES.items() if not make(rule, START).recipe.held_only]
+PARTIAL = [name for name, rule in RULES.items() if not make(rule, START).recipe.whole_only]
+# Those that move at every gradient.
+PROMPT = [name for name, rule in RULES.items() if not make(rule, START).recipe.sequential or rule.kind == "sophia"]
 
 
 def whole(**tensors: Any) -> dict[str, Any]:
@@ -205,9 +206,11 @@ def test_params_may_come_at_step_0_alone() -> None:
 @pytest.mark.parametrize("held_here", [True, False])
 @pytest.mark.parametrize("want_updates", [True, False])
 @pytest.mark.parametrize("fresh", [True, False])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PARTIAL)
 def test_partial_step_keeps_the_others_still(name: str, fresh: bool, want_updates: bool, held_here: bool) -> None:
     rule = RULES[name]
+    if name not in CLIENTS and not held_here:
+        pytest.skip("the session must hold the parameters")
     session = make(rule, START, held=held_here)
     beside = {} if held_here or "params" not in rule.needs else {"params": as_arrays(START)}
     go(session, GRADIENTS[0], **beside)
@@ -215,17 +218,39 @@ def test_partial_step_keeps_the_others_still(name: str, fresh: bool, want_update
     outcome = go(session, {"b": GRADIENTS[1]["b"]}, partial=True, want_updates=want_updates, fresh=fresh, **beside)
     after = picture(session)
     changed = {name for name in after if after[name] != before[name]} - {"step"}
-    assert changed == {name for name in after if name.split(":")[0] in ("b", "")} - {"step"}
+    assert changed <= {name for name in after if name.split(":")[0] in ("b", "")}
+    assert not held_here or "b" in changed
     if outcome.updates is not None:
-        assert np.flatnonzero(outcome.updates).tolist() == [6, 7]
+        moved = np.flatnonzero(outcome.updates).tolist()
+        assert moved == [6, 7] or (rule.kind == "rprop" and set(moved) <= {6, 7})  # which waits where a sign changed
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", PARTIAL)
 def test_partial_step_of_nothing(name: str) -> None:
     session = make(RULES[name], START)
     before = picture(session)
     go(session, {}, partial=True)
     assert picture(session) == before | {"step": 1}
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - set(PARTIAL)))
+def test_a_method_that_needs_all_tensors_says_so(name: str) -> None:
+    session = make(RULES[name], START, groups=[Group("s", {}, frozen=True)])
+    before = picture(session)
+    with pytest.raises(MissingGradient):
+        go(session, {"b": GRADIENTS[0]["b"]}, partial=True)
+    assert picture(session) == before
+    go(session, {name: GRADIENTS[0][name] for name in ("b", "w")}, partial=True)
+    assert session.state.step == 1
+
+
+@pytest.mark.parametrize("name", sorted(RULES.keys() - set(CLIENTS)))
+def test_a_method_that_must_hold_the_parameters_says_so(name: str) -> None:
+    session = make(RULES[name], START, held=False)
+    before = picture(session)
+    with pytest.raises(ParamsRequired, match=RULES[name].kind):
+        go(session, GRADIENTS[0])
+    assert picture(session) == before
 
 
 def as_arrays(tensors: Mapping[str, Any]) -> dict[str, Array]:
@@ -240,8 +265,9 @@ def test_frozen_tensors_keep_still(name: str, want_updates: bool) -> None:
     for gradients in GRADIENTS:
         go(session, gradients, want_updates=want_updates)
     after = picture(session)
-    frozen = {name for name in after if name.split(":")[0] == "w"}
-    assert {name for name in after if after[name] == before[name]} == frozen
+    changed = {name for name in after if after[name] != before[name]}
+    assert not {name for name in changed if name.split(":")[0] == "w"}
+    assert {"b", "s", "step"} <= changed
 
 
 def test_groups_override_and_the_last_match_decides_alone() -> None:
@@ -342,7 +368,7 @@ def test_a_schedule_that_outgrows_every_number_cannot_stop_a_step() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", CLIENTS)
 def test_held_by_the_client_or_here(name: str, dtype: str) -> None:
     rule = RULES[name]
     here, there = make(rule, START, dtype=dtype), make(rule, START, dtype=dtype, held=False)
@@ -364,7 +390,7 @@ def test_what_is_asked_for_does_not_change_what_is_computed(name: str, groups: l
     ways = [(want_updates, fresh) for want_updates in (False, True) for fresh in (True, False)]
     sessions = [make(RULES[name], START, dtype=dtype, groups=groups, averaging=Ema(decay=0.9)) for _ in ways]
     for t, gradients in enumerate(GRADIENTS, 1):
-        some = {"b": gradients["b"]} if t == 3 else gradients
+        some = {"b": gradients["b"]} if t == 3 and name in PARTIAL else gradients
         for session, (want_updates, fresh) in zip(sessions, ways, strict=True):
             old = held(session)
             before = old.tobytes()
@@ -372,7 +398,7 @@ def test_what_is_asked_for_does_not_change_what_is_computed(name: str, groups: l
             assert outcome.step == session.state.step == t
             assert (outcome.updates is not None) == want_updates
             if fresh:
-                assert held(session) is not old
+                assert held(session) is not old or name not in PROMPT
                 assert old.tobytes() == before
             else:
                 assert held(session) is old
@@ -519,14 +545,17 @@ def test_bf16_keeps_all_that_it_can_hold() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_state_round_trip(name: str, dtype: str, held_here: bool) -> None:
     rule = RULES[name]
+    if name not in CLIENTS and not held_here:
+        pytest.skip("the session must hold the parameters")
     averaging = Ema(decay=0.9) if held_here else None
     session = make(rule, START, dtype=dtype, held=held_here, averaging=averaging)
     beside = {} if held_here or "params" not in rule.needs else {"params": as_arrays(START)}
     for gradients in GRADIENTS[:3]:
         go(session, gradients, **beside)
     tensors = tensors_of(session.recipe, session.state)
-    assert all(array.dtype == dtype for array in tensors.values())
-    restored = Session(session.recipe, state_of(session.recipe, 3, tensors), Evaluator())
+    exact = {name for name, own in session.recipe.own.items() if own.exact}
+    assert all(array.dtype == ("float64" if name in exact else dtype) for name, array in tensors.items())
+    restored = Session(session.recipe, state_of(session.recipe, 3, tensors, session.state.moves), Evaluator())
     assert_same_state(restored.state, session.state)
     mine = {id(array) for array in [session.state.params, *session.state.slots.values()]}
     assert not mine & {id(array) for array in [*restored.state.slots.values()]}
@@ -658,6 +687,9 @@ def test_describe_has_every_default_filled_in() -> None:
         "groups": [{"match": "b", "lr": 0.5}, {"match": "s", "frozen": True}],
         "averaging": None,
         "non_finite": "reject",
+        "state_dtype": None,
+        "state_seed": None,
+        "transforms": [],
     }
 
 
@@ -669,20 +701,17 @@ def test_describe_has_every_default_filled_in() -> None:
 def test_odd_shapes(shape: tuple[int, ...], name: str) -> None:
     start = {"odd": np.full(shape, 2.0), "plain": np.ones(2)}
     session = make(RULES[name], start)
-    size = session.layout.size
-    for _ in range(3):
-        beside = {"hessian": np.eye(size)} if "hessian" in session.recipe.needs else {}
-        step(session, {"odd": np.full(shape, 0.5), "plain": np.ones(2)}, **beside)
+    for _ in range(4):
+        go(session, {"odd": np.full(shape, 0.5), "plain": np.ones(2)})
     assert session.layout.views(held(session))["odd"].shape == shape
-    assert (held(session)[-2:] < 1).all()
+    assert (held(session)[-2:] < 1).all() or name == "bfgs"  # whose search has not ended yet
     assert tensors_of(session.recipe, session.state)["odd"].shape == shape
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_nothing_but_an_empty_tensor(name: str) -> None:
     session = make(RULES[name], {"w": np.zeros((0, 4))})
-    beside = {"hessian": np.zeros((0, 0))} if "hessian" in session.recipe.needs else {}
-    step(session, {"w": np.zeros((0, 4))}, **beside)
+    go(session, {"w": np.zeros((0, 4))})
     assert session.state.step == 1
     assert session.next_point().shape == session.final_point().shape == (0,)
 
@@ -694,7 +723,7 @@ def test_matrix_form_survives_gradients_whose_squares_overflow() -> None:
             step(session, {"w": np.full(6, huge)})
         assert session.state.step == 2
         assert not np.isnan(held(session)).any()
-        assert np.isfinite(session.state.matrices["G"]).all()
+        assert np.isfinite(session.state.own[":G"]).all()
 
 
 def test_points_where_nothing_is_special_are_the_parameters() -> None:

@@ -1,298 +1,250 @@
-"""Runs torch, optax and scipy, and writes what they say into golden.npz: `make oracles`.
+"""Runs the libraries and writes what they say into golden.npz: `make oracles`. Needs the repository on the path.
 
-The tests read that file alone, so that they need none of the three. It holds the random problem (initial parameters,
-a gradient per step), for each case the parameters after some of the steps in float64 and in float32, values of
-schedules and of averages, small dense problems, and `about`: the cases as recipes in our own names, and the
-libraries' versions.
+    make_golden.py             runs all cases of *_cases.py, compares, and writes golden.npz
+    make_golden.py --compare   runs them and compares (--only GLOB: some of the cases)
+    make_golden.py --table     writes how far Ravine's core is from golden.npz into docs/agreement.md
 
-Parameters are (8, 6) + (6,), flat; gradients have magnitudes from 1e-3 to 10, evenly on a logarithmic scale.
+Comparing prints how far Ravine's core and the golden.npz that was there are from the libraries' runs; the status is 1
+where something is beyond its tolerance. "theirs" is how far the library's float32 is from its own float64.
+
+The tests read golden.npz alone (agreement.py), so that they need none of the libraries. A module *_cases.py has any of
+CASES (name -> Case), SCHEDULES (name -> (our JSON, function giving the values at the first 200 steps)), AVERAGES
+(name -> (our JSON, function of points giving their average)) and SCIPY (name -> function giving an array).
 """
 
+import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import scipy
-import torch
-from torch.optim import lr_scheduler, swa_utils
 
-jax.config.update("jax_enable_x64", True)
+# Before any module of cases: it settles what JAX and Keras compute in.
+from libraries import KEPT, SCHEDULE_STEPS, SHAPES, Case, Problem, flat, make_problem
+
+from core.optimizers import KINDS
+from tests.core.golden.agreement import (
+    AVERAGE_TOLERANCE,
+    GOLDEN,
+    SCHEDULE_TOLERANCE,
+    TOLERANCE,
+    Golden,
+    apart,
+    to_bits,
+)
 
 HERE = Path(__file__).parent
-SHAPES = {"w": (8, 6), "b": (6,)}
-SIZE = 54
-STEPS = 60
-KEPT = (1, 2, 3, 10, 30, 60)
-SCHEDULE_STEPS = 50
-
-Run = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def by_torch(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer]) -> Run:
-    def run(start: np.ndarray, gradients: np.ndarray) -> np.ndarray:
-        tensors = [torch.tensor(start[:48].reshape(8, 6)), torch.tensor(start[48:])]
-        optimizer = make(tensors)
-        seen = []
-        for g in gradients:
-            tensors[0].grad, tensors[1].grad = torch.tensor(g[:48].reshape(8, 6)), torch.tensor(g[48:])
-            optimizer.step()
-            seen.append(np.concatenate([tensor.numpy().reshape(-1) for tensor in tensors]))
-        return np.stack(seen)
-
-    return run
+ROOT = HERE.parents[2]
+# Of what SciPy makes of matrices, between two processors.
+SCIPY_TOLERANCE = 1e-13
+DOCUMENT = ROOT / "docs" / "agreement.md"
+BEGIN, END = "<!-- The table is written by `make oracles`. -->\n", "<!-- End of the table. -->\n"
+PACKAGES = ("torch", "optax", "jax", "keras", "pytorch_optimizer", "schedulefree", "scipy", "numpy")
+NAMES = {"torch": "torch", "optax": "optax", "keras": "Keras", "pytorch_optimizer": "pytorch_optimizer",
+         "schedulefree": "schedulefree"}  # fmt: skip
 
 
-def by_optax(transformation: optax.GradientTransformation) -> Run:
-    def run(start: np.ndarray, gradients: np.ndarray) -> np.ndarray:
-        params = jnp.asarray(start)
-        state = transformation.init(params)
-        seen = []
-        for g in gradients:
-            updates, state = transformation.update(jnp.asarray(g), state, params)
-            params = optax.apply_updates(params, updates)
-            seen.append(np.asarray(params))
-        return np.stack(seen)
-
-    return run
+def gathered(table: str) -> dict[str, Any]:
+    """The members of the dict called `table` in all modules of cases."""
+    found: dict[str, Any] = {}
+    for path in sorted(HERE.glob("*_cases.py")):
+        members = getattr(import_module(path.stem), table, {})
+        twice = found.keys() & members.keys()
+        if twice:
+            raise ValueError(f"{path.name}: {sorted(twice)} are cases of another module too")
+        found |= members
+    return found
 
 
-LINEAR = {"kind": "linear", "init": 0.1, "end": 0.01, "steps": 40}
-HALVED = {"kind": "step", "init": 0.1, "steps": 10, "factor": 0.5}
+def run(name: str, case: Case, problem: Problem) -> dict[str, np.ndarray]:
+    """float64 (kept steps, all parameters; NaN for those out of the case), float32 the same."""
+    columns = flat({key: np.full(shape, case.tensors is None or key in case.tensors) for key, shape in SHAPES.items()})
+    rows = [step - 1 for step in KEPT]
+    found = {}
+    for dtype in ("float64", "float32"):
+        seen = case.run(problem.of(dtype, case.tensors))
+        if seen.dtype != dtype:
+            raise TypeError(f"{name} ran in {seen.dtype}, not in {dtype}")
+        if not np.isfinite(seen).all():
+            raise ValueError(f"{name} gives numbers that are not finite")
+        found[dtype] = np.full((len(KEPT), columns.size), np.nan, dtype)
+        found[dtype][:, columns] = seen[rows]
+    return found
 
 
-def to_linear(count: jax.Array) -> jax.Array:
-    """LINEAR; optax counts in int32, of which JAX would make a float32 rate."""
-    return optax.linear_schedule(0.1, 0.01, 40)(count.astype(jnp.float64))
+def described(case: Case) -> dict[str, Any]:
+    """The case as JSON: what was asked for, without the library's run."""
+    return {name: value for name, value in asdict(case).items() if name != "run"}
 
 
-SGD, ADAGRAD, RMSPROP = torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop
-
-# name -> (our recipe, the library's run)
-CASES: dict[str, tuple[dict[str, Any], Run]] = {
-    "torch-sgd": ({"kind": "sgd", "lr": 0.1}, by_torch(lambda p: SGD(p, lr=0.1))),
-    "torch-momentum": (
-        {"kind": "momentum", "lr": 0.01, "momentum": 0.9},
-        by_torch(lambda p: SGD(p, lr=0.01, momentum=0.9)),
-    ),
-    "torch-nesterov": (
-        {"kind": "momentum", "lr": 0.01, "momentum": 0.9, "nesterov": True},
-        by_torch(lambda p: SGD(p, lr=0.01, momentum=0.9, nesterov=True)),
-    ),
-    "torch-momentum-dampening": (
-        {"kind": "momentum", "lr": 0.1, "momentum": 0.9, "dampening": 0.7, "first_step": "gradient"},
-        by_torch(lambda p: SGD(p, lr=0.1, momentum=0.9, dampening=0.7)),
-    ),
-    "torch-adam": ({"kind": "adam", "lr": 0.01}, by_torch(lambda p: torch.optim.Adam(p, lr=0.01))),
-    "torch-adam-betas": (
-        {"kind": "adam", "lr": 0.01, "beta1": 0.8, "beta2": 0.99, "eps": 1e-5},
-        by_torch(lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.99), eps=1e-5)),
-    ),
-    "torch-adamw": (
-        {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
-        by_torch(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1)),
-    ),
-    "torch-adagrad": ({"kind": "adagrad", "lr": 0.1}, by_torch(lambda p: ADAGRAD(p, lr=0.1))),
-    "torch-adagrad-decay-initial": (
-        {"kind": "adagrad", "lr": 0.1, "lr_decay": 0.05, "initial_accumulator": 0.3},
-        by_torch(lambda p: ADAGRAD(p, lr=0.1, lr_decay=0.05, initial_accumulator_value=0.3)),
-    ),
-    "torch-rmsprop": ({"kind": "rmsprop", "lr": 0.01}, by_torch(lambda p: RMSPROP(p, lr=0.01))),
-    "torch-rmsprop-centered": (
-        {"kind": "rmsprop", "lr": 0.01, "alpha": 0.9, "centered": True},
-        by_torch(lambda p: RMSPROP(p, lr=0.01, alpha=0.9, centered=True)),
-    ),
-    "torch-rmsprop-momentum": (
-        {"kind": "rmsprop", "lr": 0.01, "alpha": 0.9, "momentum": 0.9},
-        by_torch(lambda p: RMSPROP(p, lr=0.01, alpha=0.9, momentum=0.9)),
-    ),
-    "torch-rmsprop-centered-momentum": (
-        {"kind": "rmsprop", "lr": 0.01, "alpha": 0.95, "momentum": 0.5, "centered": True},
-        by_torch(lambda p: RMSPROP(p, lr=0.01, alpha=0.95, momentum=0.5, centered=True)),
-    ),
-    "optax-sgd": ({"kind": "sgd", "lr": 0.1}, by_optax(optax.sgd(0.1))),
-    "optax-momentum": (
-        {"kind": "momentum", "lr": 0.01, "momentum": 0.9},
-        by_optax(optax.sgd(0.01, momentum=0.9)),
-    ),
-    "optax-nesterov": (
-        {"kind": "momentum", "lr": 0.01, "momentum": 0.9, "nesterov": True},
-        by_optax(optax.sgd(0.01, momentum=0.9, nesterov=True)),
-    ),
-    "optax-momentum-average": (
-        {"kind": "momentum", "lr": 0.1, "momentum": 0.9, "dampening": 0.9},
-        by_optax(optax.chain(optax.ema(0.9, debias=False), optax.scale(-0.1))),
-    ),
-    "optax-momentum-scheduled": (
-        {"kind": "momentum", "lr": LINEAR, "momentum": 0.9},
-        by_optax(optax.sgd(to_linear, momentum=0.9)),
-    ),
-    "optax-momentum-rate-in-velocity": (
-        {"kind": "momentum", "lr": LINEAR, "momentum": 0.9, "lr_in_velocity": True},
-        by_optax(optax.chain(optax.scale_by_learning_rate(to_linear), optax.trace(0.9))),
-    ),
-    "optax-adam": ({"kind": "adam", "lr": 0.01}, by_optax(optax.adam(0.01))),
-    "optax-adam-eps-inside": (
-        {"kind": "adam", "lr": 0.01, "eps": 1e-4, "eps_inside": True},
-        by_optax(optax.adam(0.01, eps=0.0, eps_root=1e-4)),
-    ),
-    "optax-adam-scheduled": ({"kind": "adam", "lr": LINEAR}, by_optax(optax.adam(to_linear))),
-    "optax-adamw": (
-        {"kind": "adamw", "lr": 0.01, "weight_decay": 0.1},
-        by_optax(optax.adamw(0.01, weight_decay=0.1)),
-    ),
-    "optax-adagrad": (
-        {"kind": "adagrad", "lr": 0.1, "eps": 1e-7, "eps_inside": True, "initial_accumulator": 0.1},
-        by_optax(optax.adagrad(0.1)),
-    ),
-    "optax-rmsprop": (
-        {"kind": "rmsprop", "lr": 0.01, "alpha": 0.9, "eps_inside": True},
-        by_optax(optax.rmsprop(0.01, decay=0.9, eps=1e-8)),
-    ),
-    "optax-rmsprop-centered-momentum": (
-        {
-            "kind": "rmsprop", "lr": LINEAR, "alpha": 0.9, "eps": 1e-6, "eps_inside": True,
-            "centered": True, "momentum": 0.9, "lr_in_velocity": True,
-        },
-        by_optax(optax.rmsprop(to_linear, decay=0.9, eps=1e-6, centered=True, momentum=0.9)),
-    ),
-}  # fmt: skip
-
-
-def torch_schedule(lr: float, make: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]) -> list[float]:
-    optimizer = SGD([torch.zeros(1)], lr=lr)
-    schedule = make(optimizer)
-    values = []
-    for _ in range(SCHEDULE_STEPS):
-        values.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return values
-
-
-def optax_schedule(schedule: optax.Schedule) -> list[float]:
-    return [float(schedule(jnp.asarray(s, jnp.float64))) for s in range(SCHEDULE_STEPS)]
-
-
-# name -> (our schedule, the library's values at the steps 1, 2, …)
-SCHEDULES: dict[str, tuple[dict[str, Any], list[float]]] = {
-    "torch-linear": (
-        {"kind": "linear", "init": 0.1, "end": 0.02, "steps": 30},
-        torch_schedule(0.1, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.2, 30)),
-    ),
-    "torch-exponential": (
-        {"kind": "exponential", "init": 0.1, "rate": 0.93},
-        torch_schedule(0.1, lambda o: lr_scheduler.ExponentialLR(o, 0.93)),
-    ),
-    "torch-step": (HALVED, torch_schedule(0.1, lambda o: lr_scheduler.StepLR(o, 10, 0.5))),
-    # Past its end torch's cosine climbs again: up to the end alone.
-    "torch-cosine": (
-        {"kind": "cosine", "init": 0.1, "steps": 49, "floor": 0.003},
-        torch_schedule(0.1, lambda o: lr_scheduler.CosineAnnealingLR(o, 49, 0.003)),
-    ),
-    "optax-constant": ({"kind": "constant", "value": 0.1}, optax_schedule(optax.constant_schedule(0.1))),
-    "optax-linear": (
-        {"kind": "linear", "init": 0.1, "end": 0.02, "steps": 30},
-        optax_schedule(optax.linear_schedule(0.1, 0.02, 30)),
-    ),
-    "optax-exponential": (
-        {"kind": "exponential", "init": 0.1, "rate": 0.5, "steps": 7},
-        optax_schedule(optax.exponential_decay(0.1, 7, 0.5)),
-    ),
-    "optax-exponential-staircase": (
-        {"kind": "exponential", "init": 0.1, "rate": 0.5, "steps": 7, "staircase": True},
-        optax_schedule(optax.exponential_decay(0.1, 7, 0.5, staircase=True)),
-    ),
-    "optax-step": (
-        HALVED,
-        optax_schedule(optax.piecewise_constant_schedule(0.1, {10: 0.5, 20: 0.5, 30: 0.5, 40: 0.5})),
-    ),
-    "optax-cosine": (
-        {"kind": "cosine", "init": 0.1, "steps": 30, "floor": 0.025, "exponent": 1.5},
-        optax_schedule(optax.cosine_decay_schedule(0.1, 30, alpha=0.25, exponent=1.5)),
-    ),
-}
-
-
-def torch_average(points: np.ndarray, **how: Any) -> np.ndarray:
-    """torch averages from the first value on."""
-    model = torch.nn.Module()
-    model.weight = torch.nn.Parameter(torch.tensor(points[0]))
-    averaged = swa_utils.AveragedModel(model, **how)
-    for point in points:
-        model.weight.data = torch.tensor(point)
-        averaged.update_parameters(model)
-    return averaged.module.weight.detach().numpy()
-
-
-def optax_average(points: np.ndarray, *, debias: bool) -> np.ndarray:
-    transformation = optax.ema(0.9, debias=debias)
-    state = transformation.init(jnp.asarray(points[0]))
-    value = None
-    for point in points:
-        value, state = transformation.update(jnp.asarray(point), state)
-    return np.asarray(value)
-
-
-def averages(points: np.ndarray) -> dict[str, tuple[dict[str, Any], np.ndarray]]:
-    """name -> (our averaging, the library's average over all of `points`)"""
-    ema = swa_utils.get_ema_multi_avg_fn(0.9)
-    return {
-        "torch-ema": ({"kind": "ema", "decay": 0.9, "start": "first"}, torch_average(points, multi_avg_fn=ema)),
-        "torch-swa": ({"kind": "polyak"}, torch_average(points)),
-        "optax-ema": ({"kind": "ema", "decay": 0.9, "debias": False}, optax_average(points, debias=False)),
-        "optax-ema-debiased": ({"kind": "ema", "decay": 0.9}, optax_average(points, debias=True)),
+def make(pattern: str = "*") -> Golden:
+    """Runs the libraries: the cases whose name matches, and everything else."""
+    problem = make_problem()
+    cases = {name: case for name, case in gathered("CASES").items() if fnmatchcase(name, pattern)}
+    found = {}
+    for name, case in cases.items():
+        try:
+            found[name] = run(name, case, problem)
+        except Exception as error:
+            error.add_note(f"in the case {name}")
+            raise
+    double = np.stack([values["float64"] for values in found.values()])
+    single = np.stack([values["float32"] for values in found.values()])
+    gradients = np.stack([flat(g) for g in problem.gradients])
+    schedules = {name: (asked, values()) for name, (asked, values) in gathered("SCHEDULES").items()}
+    wrong = [name for name, (_, values) in schedules.items() if len(values) != SCHEDULE_STEPS]
+    if wrong:
+        raise ValueError(f"these schedules do not have {SCHEDULE_STEPS} values: {wrong}")
+    averages = {
+        name: (asked, average(gradients.astype(np.float64))) for name, (asked, average) in gathered("AVERAGES").items()
     }
+    about = {
+        "versions": {package: version(package).split("+")[0] for package in PACKAGES},
+        "shapes": SHAPES,
+        "kept": KEPT,
+        "cases": {name: described(case) for name, case in cases.items()},
+        "schedules": {name: asked for name, (asked, _) in schedules.items()},
+        "averages": {name: asked for name, (asked, _) in averages.items()},
+    }
+    return Golden(
+        {
+            "about": np.array(json.dumps(about)),
+            "start": flat(problem.start),
+            "gradients": gradients,
+            "losses": np.array(problem.losses),
+            "diagonals": np.stack([flat(h) for h in problem.diagonals]),
+            "float64": double,
+            "float32": to_bits(single, double),
+            "schedules": np.array([values for _, values in schedules.values()]).reshape(-1, SCHEDULE_STEPS),
+        }
+        | {f"average/{name}": value for name, (_, value) in averages.items()}
+        | {f"scipy/{name}": np.asarray(make_array()) for name, make_array in gathered("SCIPY").items()}
+    )
 
 
-def dense(random: np.random.Generator) -> dict[str, np.ndarray]:
-    """Eight parameters: AdaGrad's full matrix by scipy's matrix power, Newton's step by its Cholesky solver."""
-    gradients = random.normal(size=(12, 8))
-    total, params, seen = 0.2 * np.eye(8), np.zeros(8), []
-    for g in gradients:
-        total = total + np.outer(g, g)
-        params = params - 0.1 * np.real(scipy.linalg.fractional_matrix_power(total + 1e-3 * np.eye(8), -0.5)) @ g
-        seen.append(params)
-    half = random.normal(size=(8, 8))
-    hessian = half @ half.T + np.eye(8)
-    newton = -scipy.linalg.solve(hessian, gradients[0], assume_a="pos")
-    damped = -scipy.linalg.solve(hessian + 0.7 * np.eye(8), gradients[0], assume_a="pos")
-    return {
-        "dense/gradients": gradients, "dense/adagrad": np.stack(seen), "dense/hessian": hessian,
-        "dense/newton": newton, "dense/newton-damped": damped,
-    }  # fmt: skip
+class Report:
+    """Lines of distances, and whether all of them are within their tolerances."""
+
+    columns = (*TOLERANCE, "theirs", "golden")
+
+    def __init__(self) -> None:
+        self.good = True
+        print(f"{'':48}" + "".join(f"{what:>10}" for what in self.columns))
+
+    def add(self, name: str, distances: list[tuple[str, float, float]]) -> None:
+        """(what, distance, tolerance); "golden": the values that were there, from those made now."""
+        beyond = [what for what, distance, tolerance in distances if not distance <= tolerance]
+        self.good = self.good and not beyond
+        found = {what: f"{distance:10.1e}" for what, distance, _ in distances}
+        numbers = "".join(found.get(what, " " * 10) for what in self.columns)
+        print(f"{name:48}{numbers}{'   beyond: ' + ', '.join(beyond) if beyond else ''}", flush=True)
+
+
+def compare(fresh: Golden, committed: Golden) -> bool:
+    """Prints a table of the distances. True: all of them are within their tolerances."""
+    report = Report()
+    for name in fresh.about["cases"]:
+        distances = list(fresh.distances(name))
+        double, single = fresh.library(name, "float64"), fresh.library(name, "float32")
+        distances.append(("theirs", apart(single, double), float("inf")))
+        if name in committed.about["cases"]:
+            distances.append(("golden", apart(double, committed.library(name, "float64")), distances[0][2]))
+        report.add(name, distances)
+    for name in fresh.about["schedules"]:
+        report.add(f"schedule {name}", [("float64", fresh.schedule_distance(name), SCHEDULE_TOLERANCE)])
+    for name in fresh.about["averages"]:
+        report.add(f"average {name}", [("float64", fresh.average_distance(name), AVERAGE_TOLERANCE)])
+    for name, value in fresh.arrays.items():
+        before = committed.arrays.get(name)
+        if name.startswith("scipy/") and before is not None and before.shape == value.shape:
+            report.add(name, [("golden", apart(value, before), SCIPY_TOLERANCE)])
+    return report.good
+
+
+def subjects(case: dict[str, Any]) -> Iterator[str]:
+    """What a case says something about: its transforms where it has any, else its kind."""
+    if case["transforms"]:
+        yield from (f"{transform['kind']} (transform)" for transform in case["transforms"])
+        return
+    wrapped = case["optimizer"].get("base")
+    yield case["optimizer"]["kind"] + (f" ({wrapped['kind']})" if isinstance(wrapped, dict) else "")
+
+
+def table(golden: Golden) -> str:
+    """Markdown: for each kind and library the worst distance in float64, and the number of cases."""
+    worst: dict[str, dict[str, list[float]]] = {}
+    for name, case in golden.about["cases"].items():
+        distance = next(iter(golden.distances(name)))[1]
+        for subject in subjects(case):
+            worst.setdefault(subject, {}).setdefault(name.split("-")[0], []).append(distance)
+    lines = ["| |" + "".join(f" {title} |" for title in NAMES.values()), "|---" * (len(NAMES) + 1) + "|"]
+    for subject in sorted(worst, key=lambda subject: ("(transform)" in subject, subject)):
+        cells = [worst[subject].get(library, []) for library in NAMES]
+        lines.append(f"| `{subject}` |" + "".join(f" {cell_of(cell)}|" for cell in cells))
+    return "\n".join(lines) + "\n"
+
+
+def cell_of(distances: list[float]) -> str:
+    if not distances:
+        return ""
+    worst = max(distances)
+    return f"{worst:.0e} ({len(distances)}) " if worst else f"0 ({len(distances)}) "
+
+
+def reasons(golden: Golden) -> str:
+    """Markdown: the cases whose tolerance in float64 is wider, and why."""
+    found: dict[str, list[str]] = {}
+    for name, case in golden.about["cases"].items():
+        if "float64" in case["tolerance"]:
+            found.setdefault(case["why"], []).append(f"`{name}`")
+    return "".join(f"- {', '.join(names)}: {why}.\n" for why, names in found.items())
+
+
+def uncovered(golden: Golden) -> str:
+    """The kinds that no case is about, as a list in Markdown."""
+    methods = [case["optimizer"] for case in golden.about["cases"].values()]
+    covered = {method["kind"] for method in methods} | {method.get("base", method)["kind"] for method in methods}
+    return ", ".join(f"`{kind}`" for kind in KINDS if kind not in covered)
+
+
+def write_table() -> None:
+    golden = Golden.load()
+    text = DOCUMENT.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    versions = ", ".join(f"{package} {found}" for package, found in golden.about["versions"].items())
+    parts = [
+        f"{len(golden.about['cases'])} cases, with {versions}.\n",
+        table(golden),
+        "Beyond rounding in float64:\n",
+        reasons(golden),
+        f"No library here has the same form of {uncovered(golden)}: their arithmetic has tests of its own.\n",
+    ]
+    DOCUMENT.write_text(before + BEGIN + "\n" + "\n".join(parts) + "\n" + END + after, encoding="utf-8")
 
 
 def main() -> None:
-    random = np.random.default_rng(20240)
-    start = random.normal(size=SIZE)
-    gradients = 10.0 ** random.uniform(-3, 1, (STEPS, SIZE)) * random.choice([-1.0, 1.0], (STEPS, SIZE))
-    # Values of float32, so that the runs in both dtypes start from the same numbers.
-    start, gradients = start.astype(np.float32), gradients.astype(np.float32)
-    arrays = {"start": start, "gradients": gradients, "schedules": np.array([v for _, v in SCHEDULES.values()])}
-    rows = [step - 1 for step in KEPT]
-    for name, (_, run) in CASES.items():
-        for dtype in ("float64", "float32"):
-            found = run(start.astype(dtype), gradients.astype(dtype))
-            if found.dtype != dtype:
-                raise TypeError(f"{name} ran in {found.dtype}, not in {dtype}")
-            arrays[f"{name}/{dtype}"] = found[rows]
-    averaged = averages(gradients.astype(np.float64))
-    arrays |= {f"average/{name}": value for name, (_, value) in averaged.items()} | dense(random)
-    about = {
-        "versions": {"torch": torch.__version__.split("+")[0], "optax": optax.__version__, "jax": jax.__version__,
-                     "scipy": scipy.__version__, "numpy": np.__version__},
-        "shapes": SHAPES,
-        "kept": KEPT,
-        "cases": {name: recipe for name, (recipe, _) in CASES.items()},
-        "schedules": {name: schedule for name, (schedule, _) in SCHEDULES.items()},
-        "averages": {name: averaging for name, (averaging, _) in averaged.items()},
-    }  # fmt: skip
-    np.savez_compressed(HERE / "golden.npz", about=np.array(json.dumps(about)), **arrays)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--only", default="*", metavar="GLOB")
+    parser.add_argument("--table", action="store_true")
+    asked = parser.parse_args()
+    if asked.only != "*" and not asked.compare:
+        parser.error("--only goes with --compare")
+    if asked.table:
+        write_table()
+        return
+    fresh = make(asked.only)
+    good = compare(fresh, Golden.load() if GOLDEN.exists() else fresh)
+    if not asked.compare:
+        np.savez_compressed(GOLDEN, **fresh.arrays)
+    sys.exit(0 if good else 1)
 
 
 if __name__ == "__main__":
