@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 UV     ?= uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: help serve check test soak demo bench bench-peers oracles lock clean
+.PHONY: help serve check test docs soak demo bench bench-peers oracles lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -61,11 +61,21 @@ benchmarks/peers/.venv/.made:
 	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet 'torch==2.13.0'
 	@touch $@
 
-oracles:  ## make the golden values anew, in an environment of their own (torch, optax, scipy: gigabytes)
+oracles: .venv-oracles/.made  ## run the libraries (gigabytes), compare with them, write the golden values anew
+	PYTHONPATH=. .venv-oracles/bin/python tests/core/golden/make_golden.py
+	PYTHONPATH=. .venv-oracles/bin/python tests/core/golden/make_golden.py --table
+
+.venv-oracles/.made: pyproject.toml
+	@echo "installing the libraries to compare with …"
 	@$(PYTHON) -m venv .venv-oracles
-	@.venv-oracles/bin/python -m pip --disable-pip-version-check install --quiet 'torch==2.13.0'
-	@.venv-oracles/bin/python -m pip --disable-pip-version-check install --quiet 'optax>=0.2.8' 'scipy>=1.16'
-	.venv-oracles/bin/python tests/core/golden/make_golden.py
+	@.venv-oracles/bin/python -m pip --disable-pip-version-check install --quiet --upgrade 'pip>=25.1'
+	@.venv-oracles/bin/python -m pip --disable-pip-version-check install --quiet --group oracles
+	@touch $@
+
+docs: $(VENV)/.test  ## make the pages of docs/ that come from the declarations in core/
+	$(BIN)/ravine optimizers --markdown > docs/optimizers.md
+	$(BIN)/ravine schedules --markdown > docs/schedules.md
+	$(BIN)/ravine transforms --markdown > docs/transforms.md
 
 lock:  ## resolve the dependencies anew (needs uv)
 	$(COMPILE) --extra jit pyproject.toml -o requirements.lock

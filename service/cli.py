@@ -11,7 +11,7 @@ import typer
 import uvicorn
 from pydantic import ValidationError
 
-from service import logs, memory
+from service import listing, logs, memory
 from service.app import App, create_app
 from service.settings import Settings
 
@@ -75,6 +75,41 @@ def serve(
     logs.configure(settings.log_format)
     memory.return_large_arrays()
     raise typer.Exit(_run(settings))
+
+
+Kind = Annotated[str | None, typer.Argument(help="The name of a kind.", show_default=False)]
+Markdown = Annotated[bool, typer.Option("--markdown", help="All of them, as the page in docs/.")]
+
+
+@cli.command()
+def optimizers(kind: Kind = None, markdown: Markdown = False) -> None:
+    """List the optimizers, or tell all about one: ravine optimizers adam."""
+    _tell("optimizers", kind, markdown=markdown)
+
+
+@cli.command()
+def schedules(kind: Kind = None, markdown: Markdown = False) -> None:
+    """List the schedules of hyperparameters, or tell all about one."""
+    _tell("schedules", kind, markdown=markdown)
+
+
+@cli.command()
+def transforms(kind: Kind = None, markdown: Markdown = False) -> None:
+    """List the transforms of the gradient, or tell all about one."""
+    _tell("transforms", kind, markdown=markdown)
+
+
+def _tell(family: str, kind: str | None, *, markdown: bool) -> None:
+    if markdown:
+        typer.echo(listing.markdown(family), nl=False)
+    elif kind is None:
+        typer.echo(listing.overview(family), nl=False)
+    else:
+        try:
+            typer.echo(listing.page(family, kind), nl=False)
+        except LookupError as error:
+            typer.echo(f"ravine: {error.args[0]}", err=True)
+            raise typer.Exit(2) from None
 
 
 def _run(settings: Settings) -> int:

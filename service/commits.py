@@ -18,9 +18,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import orjson
 
+from core.contributions import Checked, FlatParams, Gradient, NewParams, NewRecipe
 from core.errors import CoreError, NonFinite, ParamsNotHeld
 from core.layout import Array
-from core.session import Checked, FlatParams, Gradient, NewParams, NewRecipe, Outcome
+from core.session import Outcome
 from service import live as files
 from service import tensors as forms
 from service.documents import Applied, Document, Precondition, Stamp, StepRequest, now
@@ -111,8 +112,14 @@ class Committer:
     # Log, then apply
 
     async def commit(self, live: Live, changes: Sequence[Change]) -> None:
+        """All of them, in as many batches as it takes."""
+        while changes:
+            changes = await self._commit(live, changes)
+
+    async def _commit(self, live: Live, changes: Sequence[Change]) -> Sequence[Change]:
+        """Those of the changes that are still to come."""
         while True:
-            planned = await self._plan(live, changes)
+            planned, rest = await self._plan(live, changes)
             items = [plan.item for plan in planned if plan.item is not None]
             if not items:
                 if await self.catch_up(live):
@@ -123,7 +130,7 @@ class Committer:
             except StoreFull as error:  # nothing was appended, and what only reads need not suffer
                 for change in changes:
                     fail(change.future, error)
-                return
+                return ()
             if outcome == "OK":
                 break
             if outcome == "GONE":
@@ -131,15 +138,19 @@ class Committer:
             await self.catch_up(live)
         for plan in planned:
             await self._settle(live, plan)
+        return rest
 
-    async def _plan(self, live: Live, changes: Sequence[Change]) -> list[Planned]:
+    async def _plan(self, live: Live, changes: Sequence[Change]) -> tuple[list[Planned], Sequence[Change]]:
         cursor = Cursor(live.stamp)
         planned = []
-        for change in changes:
+        for position, change in enumerate(changes, 1):
             if change.future.cancelled():  # its sender is gone
                 continue
             planned.append(await self._plan_one(live, change, cursor))
-        return planned
+            if planned[-1].item is not None and live.session.recipe.sequential:
+                # What the next one may be, and its rate, is known once this one was applied, and not before.
+                return planned, changes[position:]
+        return planned, ()
 
     async def _plan_one(self, live: Live, change: Change, cursor: Cursor) -> Planned:
         request = change.step
@@ -186,7 +197,9 @@ class Committer:
         if request is not None and isinstance(plan.checked, Gradient):
             step += 1
             item.tensors = forms.tensors_of(request.contribution, plan.checked)
-            plan.rate = live.session.rate(step)
+            # Of the steps before it in this batch each is a move: a session in which it may not be goes one by one.
+            state = live.session.state
+            plan.rate = live.session.rate(state.moves + step - state.step)
             self._write_step(live, request, plan.checked, text)
             if request.key is not None:
                 worker, norm = request.worker or "", plan.checked.norm
@@ -277,7 +290,8 @@ class Committer:
         returns, layout = self._returns(live, change.step), live.session.layout
         params = live.session.next_point() if returns == "params" else None
         updates = np.zeros(layout.size, live.session.recipe.numpy_dtype) if returns == "updates" else None
-        return Applied(live.stamp, layout, params, updates, live.session.rate(), None)
+        metrics = live.session.metrics()
+        return Applied(live.stamp, layout, params, updates, live.session.rate(), None, metrics, skipped=True)
 
     async def _apply(self, live: Live, plan: Planned, item: LogItem, checked: Checked) -> None:
         change, request = plan.change, plan.change.step
@@ -298,7 +312,8 @@ class Committer:
         updates = outcome.updates if returns == "updates" else None
         if request.key is not None and plan.done is not None:
             live.remember(request.key, plan.done, updates)
-        self._reply(change, Applied(live.stamp, live.session.layout, params, updates, plan.rate, checked.norm))
+        applied = Applied(live.stamp, live.session.layout, params, updates, plan.rate, checked.norm, outcome.metrics)
+        self._reply(change, applied)
 
     def _replayed(self, live: Live, change: Change, done: Done) -> Applied:
         """The answer to a repeat: the same tensors where they are still at hand, else where things stand now."""
@@ -312,13 +327,13 @@ class Committer:
             updates = kept.updates if kept is not None and kept.step == done.step else None
         elif returns == "params":
             params = live.session.next_point()
-        return Applied(stamp, live.session.layout, params, updates, done.lr, done.grad_norm, replayed=True)
+        metrics = live.session.metrics()
+        return Applied(stamp, live.session.layout, params, updates, done.lr, done.grad_norm, metrics, replayed=True)
 
     def _reply(self, change: Change, applied: Applied) -> None:
         """Encodes at once: a small session's arrays are changed in place by the next step."""
         if change.future.done():
             return
-        applied.skipped = applied.grad_norm is None
         try:
             assert change.encode is not None
             resolve(change.future, change.encode(applied))

@@ -9,6 +9,7 @@ says what it is, ':' being reserved in the names of sessions' tensors:
     w                       the gradient of w
     w:indices, w:values     the same, row-sparse: row numbers in I64, and the rows
     w:params                the value of w, where the client holds the parameters
+    w:hessian_diagonal      the diagonal of the Hessian, for w
     :hessian                the Hessian
 
 The metadata of such a file is not looked at. The arrays are views of the body wherever they can be. Which tensors
@@ -22,8 +23,8 @@ from typing import Any, Final, NoReturn, TypeGuard
 
 import numpy as np
 
+from core.contributions import Contribution
 from core.layout import Array, Rows
-from core.session import Contribution
 from service.errors import Fault, InvalidRequest
 from service.http import is_worker
 from service.tensors import check_floats, of_tensors
@@ -79,7 +80,7 @@ _CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
 }
 
 QUERY_MEMBERS: Final = frozenset(_CHECKS)
-JSON_MEMBERS: Final = QUERY_MEMBERS | {"gradients", "params", "hessian"}
+JSON_MEMBERS: Final = QUERY_MEMBERS | {"gradients", "params", "hessian", "hessian_diagonal"}
 
 
 def _check(given: Mapping[str, Any], allowed: Collection[str], at: str) -> None:
@@ -137,11 +138,12 @@ def members_of_query(query: Mapping[str, str]) -> Mapping[str, Any]:
 def of_json(body: Body) -> tuple[Contribution, Mapping[str, Any]]:
     """The contribution, and the members beside it. Raises MalformedJSON, InvalidValue, InvalidRequest."""
     given = _object(json.loads(body), JSON_MEMBERS, "gradients")
-    params, hessian = given.get("params"), given.get("hessian")
+    params, hessian, diagonal = (given.get(name) for name in ("params", "hessian", "hessian_diagonal"))
     contribution = Contribution(
         {name: _tensor(value, pointer("/gradients", name)) for name, value in given["gradients"].items()},
         None if "params" not in given else _dense(params, "/params"),
         None if "hessian" not in given else _numbers(hessian, "/hessian"),
+        None if "hessian_diagonal" not in given else _dense(diagonal, "/hessian_diagonal"),
         given.get("loss"),
         given.get("partial", False),
     )

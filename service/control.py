@@ -11,7 +11,7 @@ tensors.
 import asyncio
 import csv
 import io
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
@@ -39,6 +39,8 @@ from service.wire.json import dumps, loads
 
 PAGE, MAX_PAGE = 20, 100
 RECORDS, MAX_RECORDS = 1000, 10_000
+CSV: Final = "text/csv; charset=utf-8; header=present"
+PREVIEW, MAX_PREVIEW = 1000, 10_000
 
 # Above this a body is parsed in a thread, so that other requests are answered meanwhile.
 LARGE: Final = 1 << 18
@@ -74,6 +76,7 @@ def _add_sessions(app: FastAPI, sessions: "Sessions") -> None:
     app.add_api_route(one, sessions.delete, methods=["DELETE"])
     app.add_api_route(f"{one}/fork", sessions.fork, methods=["POST"])
     app.add_api_route(f"{one}/history", sessions.history, methods=["GET", "HEAD"])
+    app.add_api_route(f"{one}/schedule", sessions.schedule, methods=["GET", "HEAD"])
 
 
 def _add_catalogue(app: FastAPI) -> None:
@@ -183,8 +186,20 @@ class Sessions:
         if more:
             headers["Link"] = f'<{quote(request.scope["path"])}?after={records[-1].step}&limit={limit}>; rel="next"'
         if form == "csv":
-            return Response(_csv(records), headers=headers, media_type="text/csv; charset=utf-8; header=present")
+            return Response(_table(Record._fields, records), headers=headers, media_type=CSV)
         return _json({"data": [record._asdict() for record in records], "has_more": more}, headers=headers)
+
+    async def schedule(self, request: Request, session: str) -> Response:
+        call = _call(request)
+        steps = _integer(call.query(("steps",)), "steps", PREVIEW, 1, MAX_PREVIEW)
+        form = negotiate(call.header(b"accept"), "json", ("json", "csv"))
+        found, stamp = await self._engine.schedule(session, steps)
+        headers = _stamped(stamp) | {"Vary": "Accept"}
+        if form == "csv":
+            columns = {"step": range(found["first"], found["first"] + steps), **found["values"]}
+            table = _table(columns, zip(*columns.values(), strict=True))
+            return Response(table, headers=headers, media_type=CSV)
+        return _json({"step": stamp.step, **found}, headers=headers)
 
 
 # -- the catalogue and the pages ---------------------------------------------------------------------------------------
@@ -296,9 +311,9 @@ def _made(request: Request, session: Mapping[str, Any], stamp: Stamp) -> Respons
     return _json(session, 201, _stamped(stamp) | {"Location": location})
 
 
-def _csv(records: Sequence[Record]) -> str:
+def _table(header: Iterable[str], lines: Iterable[Iterable[object]]) -> str:
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\r\n")  # RFC 4180
-    rows.writerow(Record._fields)
-    rows.writerows(records)
+    rows.writerow(header)
+    rows.writerows(lines)
     return text.getvalue()

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple
 
+from core.contributions import Contribution
 from core.layout import Array, Layout
 from core.recipe import Recipe
-from core.session import Contribution
 
 
 def now() -> str:
@@ -23,7 +23,6 @@ class Document:
     name: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     aggregation: Mapping[str, Any] = field(default_factory=lambda: {"mode": "async"})
-    transforms: tuple[Mapping[str, Any], ...] = ()
     created_at: str = field(default_factory=now)
 
     def describe(self) -> dict[str, Any]:
@@ -32,7 +31,6 @@ class Document:
             "name": self.name,
             "labels": dict(self.labels),
             "aggregation": dict(self.aggregation),
-            "transforms": [dict(transform) for transform in self.transforms],
             "created_at": self.created_at,
         }
 
@@ -85,6 +83,7 @@ class Applied:
     updates: Array | None
     lr: float
     grad_norm: float | None
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # what the transforms have to say
     replayed: bool = False
     skipped: bool = False
 

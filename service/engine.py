@@ -115,7 +115,7 @@ class Engine:
         if needed > self._max_state:
             sentence = f"parameters and slots would take {needed} bytes; a session may have {self._max_state}"
             raise InvalidRequest([Fault(where, sentence)])
-        named = len(recipe.layout.slots) * (1 + len(recipe.slots)) + len(recipe.matrices)
+        named = len(recipe.layout.slots) * (1 + len(recipe.slots)) + len(recipe.own)
         if named > safetensors.MAX_TENSORS:
             sentence = f"the checkpoint would have {named} tensors; {safetensors.MAX_TENSORS} are read back"
             raise InvalidRequest([Fault(where, sentence)])
@@ -250,6 +250,14 @@ class Engine:
     async def history(self, id_: str, after: int, limit: int) -> list[Record]:
         await self._head(id_)
         return [Record(*orjson.loads(line)[:6]) for line in await self._store.history(id_, after, limit)]
+
+    async def schedule(self, id_: str, steps: int) -> tuple[dict[str, Any], Stamp]:
+        """The values that the hyperparameters will have over the next `steps` moves; the number of the first one."""
+
+        def read(live: Live) -> tuple[dict[str, Any], Stamp]:
+            return {"first": live.session.state.moves + 1, "values": live.session.preview(steps)}, live.stamp
+
+        return await self._look(id_, read)  # type: ignore[no-any-return]
 
     async def wait(self, id_: str, after: int, seconds: float) -> bool:
         """True as soon as the session's step is greater than `after`; False when `seconds` are over."""

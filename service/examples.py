@@ -10,8 +10,9 @@ from typing import Any, Final
 import numpy as np
 
 from core import errors as core
+from core.contributions import Contribution, Gradient
 from core.evaluate import Evaluator
-from core.session import Contribution, Gradient, Session
+from core.session import Session
 from service import errors as service
 from service.documents import Event, Record, Stamp
 from service.problems import MethodNotAllowed, NotFound, RequestTimeout, told
@@ -115,6 +116,19 @@ def params() -> dict[str, Any]:
     return dict(_plain({"step": 1, "params": _stepped()[0]}))
 
 
+def preview() -> dict[str, Any]:
+    """What the rate of the session by shapes will be over its first three steps."""
+    document, _ = parse_create(CREATE_BY_SHAPES)
+    values = Session.new(document.recipe, None, Evaluator()).preview(3)
+    return {"step": 0, "first": 1, "values": values}
+
+
+def preview_csv() -> str:
+    values = preview()["values"]
+    lines = zip(range(1, 4), *values.values(), strict=True)
+    return "\r\n".join(",".join(map(str, line)) for line in [("step", *values), *lines]) + "\r\n"
+
+
 def _file(tensors: dict[str, Any]) -> str:
     """A safetensors file, in base64, for JSON has no bytes."""
     pieces = safetensors.write({name: np.asarray(array, np.float32) for name, array in tensors.items()}, {})
@@ -156,6 +170,7 @@ _ERRORS: Final[dict[str, Exception]] = {
     "malformed-safetensors": wire.MalformedSafetensors("the file is cut short"),
     "params-required": core.ParamsRequired("adamw works on the parameters, which this session's client holds"),
     "params-held": core.ParamsHeld("this session holds the parameters itself: leave `params` out, or PUT them"),
+    "loss-required": core.LossRequired("this session's method looks at the loss: send it with the gradient, as `loss`"),
     "hessian-required": core.HessianRequired("newton needs the Hessian: send it as `hessian`"),
     "key-reused": service.KeyReused("0b9f8a52-step-1"),
     "unsupported-media-type": service.UnsupportedMedia(

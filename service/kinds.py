@@ -2,15 +2,16 @@
 
 The core declares each hyperparameter once: a dataclass field with its bounds. Validation, JSON Schema and the
 core cannot drift apart, because the first two are read off the third. Models are strict (`true` and `"1"` are no
-numbers, 1 is one), finite, and refuse unknown members. Where an optimizer has a float, a schedule may stand.
+numbers, 1 is one), finite, and refuse unknown members. Where an optimizer has a float, a schedule may stand; a
+schedule may have schedules as parts. A tuple of the core is a list.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
-from functools import reduce
+from functools import cache, reduce
 from operator import or_
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ForwardRef, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -27,7 +28,9 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypeAliasType
 
-from core import averaging, optimizers, schedules
+from core import averaging, optimizers, schedules, transforms
+from core.errors import InvalidRecipe
+from core.recipe import describe
 from service.faults import NUMBER, SCHEDULE
 
 
@@ -43,6 +46,8 @@ class Kinds:
     def __init__(self, name: str, models: Mapping[str, type[BaseModel]], *, by_name: bool) -> None:
         union = reduce(or_, models.values())
         self.union = TypeAliasType(name, Annotated[union, Field(discriminator="kind")])
+        for model in models.values():  # those that have others of their family as parts
+            model.model_rebuild(_types_namespace={name: self.union})
         self.names = list(models)
         self.by_name = by_name
 
@@ -68,17 +73,24 @@ def _hyperparameter(hint: Any) -> Any:
     """The type of an optimizer's field as a client may give it: where a float may stand, so may a schedule."""
     if hint is float or (get_origin(hint) is Annotated and get_args(hint)[0] is float):
         number = Annotated[hint, Tag(NUMBER)]
-        schedule = Annotated[Any, Kinds("Schedule", SCHEDULES, by_name=False), Tag(SCHEDULE)]
+        schedule = Annotated[Any, ANY_SCHEDULE, Tag(SCHEDULE)]
         return Annotated[reduce(or_, (number, schedule)), Discriminator(_number_or_schedule)]
+    if hint is optimizers.Optimizer:  # what a wrapper wraps
+        return Annotated[ForwardRef("Optimizer"), BeforeValidator(by_name)]
     return _member(hint, _hyperparameter)
 
 
 def _plain(hint: Any) -> Any:
-    return _member(hint, _plain)
+    """The type of any other field, which is no schedule unless it is made of them."""
+    return ForwardRef("Schedule") if hint is schedules.Schedule else _member(hint, _plain)
 
 
 def _member(hint: Any, alternative: Callable[[Any], Any]) -> Any:
     """`bool | Literal["a"]` as one Literal, so that a wrong value is one fault and not one per alternative."""
+    base, *bounds = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+    if get_origin(base) is tuple:
+        listed: Any = list[_plain(get_args(base)[0])]  # type: ignore[misc]
+        return Annotated[listed, *bounds]
     if _is_union(hint):
         parts = [part for part in get_args(hint) if part is not type(None)]
         if all(part is bool or get_origin(part) is Literal for part in parts):
@@ -108,23 +120,39 @@ def _model(cls: Any, suffix: str, member: Callable[[Any], Any]) -> type[BaseMode
     hints = get_type_hints(cls, include_extras=True)
     members: dict[str, Any] = {"kind": (Literal[cls.kind], ...)}
     for field in fields(cls):
-        members[field.name] = (member(hints[field.name]), ... if field.default is MISSING else field.default)
+        members[field.name] = (member(hints[field.name]), _default(field.default))
     made: type[BaseModel] = create_model(f"{cls.__name__}{suffix}", __base__=Strict, __doc__=cls.__doc__, **members)
     return made
 
 
-def _overrides(cls: Any) -> type[BaseModel]:
-    """The same members without `kind`, each of which may be left out (and is then not set)."""
-    hints = get_type_hints(cls, include_extras=True)
-    members: dict[str, Any] = {field.name: (_hyperparameter(hints[field.name]), None) for field in fields(cls)}
-    made: type[BaseModel] = create_model(f"{cls.__name__}Overrides", __base__=Strict, **members)
+def _default(value: Any) -> Any:
+    if value is MISSING:
+        return ...
+    if isinstance(value, optimizers.Optimizer):
+        return Field(default=value, json_schema_extra={"default": describe(value)})
+    return value
+
+
+@cache
+def overrides(kinds: tuple[str, ...]) -> type[BaseModel]:
+    """The hyperparameters of all these kinds, each of which may be left out (and is then not set)."""
+    members: dict[str, Any] = {}
+    for cls in [optimizers.KINDS[kind] for kind in kinds]:
+        hints = get_type_hints(cls, include_extras=True)
+        named = [field.name for field in fields(cls) if hints[field.name] is not optimizers.Optimizer]
+        members |= {name: (_hyperparameter(hints[name]), None) for name in named}
+    name = "".join(optimizers.KINDS[kind].__name__ for kind in kinds)
+    made: type[BaseModel] = create_model(f"{name}Overrides", __base__=Strict, **members)
     return made
 
 
 SCHEDULES = _models(schedules.KINDS, "Schedule", _plain)
+ANY_SCHEDULE = Kinds("Schedule", SCHEDULES, by_name=False)
 OPTIMIZERS = _models(optimizers.KINDS, "Optimizer", _hyperparameter)
 AVERAGINGS = _models(averaging.KINDS, "Averaging", _plain)
-OVERRIDES = {kind: _overrides(cls) for kind, cls in optimizers.KINDS.items()}
+ANY_OPTIMIZER = Kinds("Optimizer", OPTIMIZERS, by_name=True)
+TRANSFORMS = _models(transforms.KINDS, "Transform", _hyperparameter)
+ANY_TRANSFORM = Kinds("Transform", TRANSFORMS, by_name=True)
 
 _CLASSES: dict[type[BaseModel], Any] = {
     model: kinds[kind]
@@ -132,17 +160,27 @@ _CLASSES: dict[type[BaseModel], Any] = {
         (SCHEDULES, schedules.KINDS),
         (OPTIMIZERS, optimizers.KINDS),
         (AVERAGINGS, averaging.KINDS),
+        (TRANSFORMS, transforms.KINDS),
     )
     for kind, model in models.items()
 }
 
 
 def core_object(value: Any) -> Any:
-    """A validated model as the core's object; anything else as it is. Raises InvalidRecipe."""
+    """A validated model as the core's object, a list as a tuple; anything else as it is. Raises InvalidRecipe."""
+    if isinstance(value, list):
+        return tuple(map(core_object, value))
     cls = _CLASSES.get(type(value))
     if cls is None:
         return value
-    return cls(**{field.name: core_object(getattr(value, field.name)) for field in fields(cls)})
+    made = {}
+    for field in fields(cls):
+        try:
+            made[field.name] = core_object(getattr(value, field.name))
+        except InvalidRecipe as error:  # of a method that is wrapped
+            error.pointer = f"/{field.name}{error.pointer}"
+            raise
+    return cls(**made)
 
 
 class _PlainNames(GenerateJsonSchema):
@@ -152,17 +190,45 @@ class _PlainNames(GenerateJsonSchema):
         return False
 
 
+@cache
+def _definitions() -> dict[str, Any]:
+    """The JSON Schemas of all kinds and of their parts by name: made at once, having most parts in common."""
+    families: list[Mapping[str, type[BaseModel]]] = [OPTIMIZERS, SCHEDULES, AVERAGINGS, TRANSFORMS]
+    return _schemas([model for family in families for model in family.values()], "#/$defs/{model}")
+
+
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of what `model` takes, with its parts under `$defs`."""
-    return model.model_json_schema(schema_generator=_PlainNames)
+    """The JSON Schema (2020-12) of what the `model` of a kind takes, with its parts under `$defs`."""
+    definitions = _definitions()
+    parts: dict[str, Any] = {}
+    ahead = list(_references(definitions[model.__name__]))
+    while ahead:
+        name = ahead.pop()
+        if name not in parts:
+            parts[name] = definitions[name]
+            ahead += _references(definitions[name])
+    own = definitions[model.__name__]
+    return {**own, "$defs": dict(sorted(parts.items()))} if parts else dict(own)
+
+
+def _references(schema: object) -> Iterator[str]:
+    if isinstance(schema, Mapping):
+        for name, value in schema.items():
+            if name == "$ref":
+                yield value.removeprefix("#/$defs/")
+            else:
+                yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)
 
 
 def components(models: Sequence[type[BaseModel]]) -> dict[str, Any]:
     """The JSON Schemas of `models` and of all their parts by name, as `#/components/schemas/` of OpenAPI."""
+    return _schemas(models, "#/components/schemas/{model}")
+
+
+def _schemas(models: Sequence[type[BaseModel]], reference: str) -> dict[str, Any]:
     inputs = [(model, "validation") for model in models]
-    _, made = models_json_schema(
-        inputs,  # type: ignore[arg-type]
-        ref_template="#/components/schemas/{model}",
-        schema_generator=_PlainNames,
-    )
+    _, made = models_json_schema(inputs, ref_template=reference, schema_generator=_PlainNames)  # type: ignore[arg-type]
     return dict(made["$defs"])

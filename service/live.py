@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from core.contributions import Entry, NewParams, NewRecipe
 from core.errors import CoreError, InvalidState
 from core.evaluate import Evaluator
 from core.layout import Array
-from core.session import Entry, NewParams, NewRecipe, Session, state_of, tensors_of
+from core.session import Session
+from core.state import state_of, tensors_of
 from service import tensors as forms
 from service.documents import Document, Point, Stamp
 from service.errors import Corrupt
@@ -169,6 +171,7 @@ def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
         checked = live.session.check(parsed)
     except CoreError as error:
         raise Corrupt(f"entry {text['commit']!r} cannot be applied: {error}") from None
+    rate = live.session.rate() if "key" in text else 0.0
     outcome = live.session.apply(checked, want_updates="updates" in text)
     if document is not None:
         live.document = document
@@ -179,7 +182,7 @@ def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
             step=outcome.step,
             commit=text["commit"],
             worker=text.get("worker", ""),
-            lr=live.session.rate(outcome.step),
+            lr=rate,
             grad_norm=float(text["norm"]),
         )
         live.remember(text["key"], done, outcome.updates if "updates" in text else None)
@@ -199,6 +202,8 @@ def checkpoint(session: Session, document: Document) -> tuple[dict[str, Array], 
     described = document.describe()
     del described["created_at"]
     text = {"ravine": FORMAT, "step": str(session.state.step), "recipe": orjson.dumps(described).decode()}
+    if session.state.moves != session.state.step:
+        text["moves"] = str(session.state.moves)
     return tensors_of(session.recipe, session.state), text
 
 
@@ -227,14 +232,18 @@ def restored(
         raise InvalidState(f"the file is not a checkpoint of format {FORMAT}: `ravine` is {text.get('ravine')!r}")
     try:
         described = orjson.loads(text["recipe"])
-        step = int(text["step"]) if _STEP.fullmatch(text["step"]) else -1
+        step, moves = (_count(text.get(name, text["step"])) for name in ("step", "moves"))
     except (KeyError, ValueError) as error:
         raise InvalidState(f"the checkpoint's text cannot be read: {error!r}") from None
     if not isinstance(described, dict) or not 0 <= step <= MAX_INTEGER:
         raise InvalidState("the checkpoint's `recipe` is no object, or its `step` is no step")
     document = read_document(described | {"created_at": created_at})
-    state = state_of(document.recipe, step, tensors)
+    state = state_of(document.recipe, step, tensors, moves)
     return Session(document.recipe, state, evaluator), document
+
+
+def _count(text: str) -> int:
+    return int(text) if _STEP.fullmatch(text) else -1
 
 
 def revive(id_: str, stored: Stored, read_document: DocumentReader, evaluator: Evaluator) -> Live:

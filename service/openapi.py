@@ -54,6 +54,9 @@ PARAMETERS: Final[dict[str, dict[str, Any]]] = {
     "Label": _parameter(
         "query", "label", _STRING, "team:vision", "Only sessions with this label: a key, ':', a value."
     ),
+    "PreviewSteps": _parameter(
+        "query", "steps", {"type": "integer", "minimum": 1, "maximum": 10000, "default": 1000}, 3, "So many values."
+    ),
     "HistoryAfter": _parameter(
         "query", "after", {**_STEP_NUMBER, "default": 0}, 41, "Only the records of steps greater than this."
     ),
@@ -154,7 +157,7 @@ def _list_of(item: dict[str, Any]) -> dict[str, Any]:
 _TENSORS: Final = {"type": "object", "additionalProperties": _ref("schemas", "Tensor")}
 _NULLABLE_NUMBER: Final = {"type": ["number", "null"]}
 _NAMES: Final = {"type": "array", "items": _STRING}
-_BY_DTYPE: Final = {"type": "object", "additionalProperties": {"type": "integer"}}
+_BY_DTYPE: Final = {"type": "object", "additionalProperties": {"type": "number"}}
 
 SCHEMAS: Final[dict[str, dict[str, Any]]] = {
     "Safetensors": {"contentMediaType": SAFETENSORS, "description": BASE64[0].upper() + BASE64[1:] + "."},
@@ -173,9 +176,14 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
             "type": "object",
             "additionalProperties": {"anyOf": [_ref("schemas", "Tensor"), _ref("schemas", "RowSparse")]},
         },
-        loss={"type": "number", "description": "The loss at the gradient's point; kept in the history."},
+        loss={
+            "type": "number",
+            "description": "The loss at the gradient's point; kept in the history. Line searches, polyak_sgd and the "
+            "schedule plateau need it.",
+        },
         params={**_TENSORS, "description": "The parameters' values, where the client holds them and the method asks."},
         hessian={**_ref("schemas", "Tensor"), "description": "n × n over the flat parameters, in `shapes`' order."},
+        hessian_diagonal={**_TENSORS, "description": "An estimate of the Hessian's diagonal, for sophia."},
         partial={"type": "boolean", "default": False, "description": "Tensors that are left out keep still."},
         worker=PARAMETERS["Worker"]["schema"],
         base_step=_STEP_NUMBER,
@@ -187,7 +195,12 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         step=_STEP_NUMBER,
         params=_TENSORS,
         updates={**_TENSORS, "description": "To be added to the parameters."},
-        metrics=_object(["lr", "grad_norm"], lr={"type": "number"}, grad_norm=_NULLABLE_NUMBER),
+        metrics=_object(
+            ["lr", "grad_norm"],
+            lr={"type": "number"},
+            grad_norm=_NULLABLE_NUMBER,
+            loss_scale={"type": "number", "description": "By what the next loss is to be multiplied (`unscale`)."},
+        ),
         skipped={"const": True, "description": "The gradient was not finite, and the session skips such steps."},
     ),
     "StepOnly": _object(["step"], step=_STEP_NUMBER),
@@ -202,6 +215,12 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         lr={"type": "number"},
         worker={"type": ["string", "null"]},
     ),
+    "Preview": _object(
+        ["step", "first", "values"],
+        step=_STEP_NUMBER,
+        first={**_STEP_NUMBER, "description": "The number of the update that the first value is for."},
+        values={"type": "object", "additionalProperties": {"type": "array", "items": {"type": "number"}}},
+    ),
     "History": _list_of(_ref("schemas", "Record")),
     "CatalogueEntry": _object(
         ["kind", "summary", "description", "formula", "source", "url", "schema"],
@@ -213,16 +232,32 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         url=_STRING,
         schema={"type": "object", "description": "JSON Schema of the object with this kind, defaults included."},
         notes=_NAMES,
-        needs={**_NAMES, "description": "Of `params`, `loss`, `hessian`: what a step needs, by the defaults."},
+        needs={
+            **_NAMES,
+            "description": "Of `params`, `loss`, `hessian`, `hessian_diagonal`: what a step needs, by the defaults.",
+        },
         may_need={**_NAMES, "description": "The same, under any options."},
         slots={**_NAMES, "description": "The arrays kept per parameter, by the defaults."},
         slots_at_most=_NAMES,
-        matrices={**_NAMES, "description": "The n × n arrays kept, by the defaults."},
-        matrices_at_most=_NAMES,
-        bytes_per_parameter={**_BY_DTYPE, "description": "The weight of the slots, by the session's dtype."},
+        own={**_NAMES, "description": "The other arrays kept: of a row, a block, or the whole, by the defaults."},
+        own_at_most=_NAMES,
+        bytes_per_parameter={
+            **_BY_DTYPE,
+            "description": "The weight of the state by the session's dtype, for a matrix of 1024 × 1024; what is n × n "
+            "over all parameters is not in it.",
+        },
         bytes_per_parameter_at_most=_BY_DTYPE,
         max_parameters={"type": ["integer", "null"]},
-        row_sparse={"type": "boolean", "description": "Whether a row-sparse gradient touches its rows alone."},
+        row_sparse={
+            "type": "boolean",
+            "description": "Of an optimizer: whether a row-sparse gradient touches its rows alone. Of a transform: "
+            "whether such a gradient stays one.",
+        },
+        family={"enum": ["elements", "tensors", "whole"], "description": "What its rule must see at once."},
+        wraps={**_NAMES, "description": "The kinds that can be its `base`."},
+        bfloat16={"type": "boolean", "description": "Whether `state_dtype` may be bfloat16."},
+        hands_out_points={"type": "boolean", "description": "Whether `at=next` differs, by the defaults."},
+        holds_params={"type": "boolean", "description": "Whether the server must hold the parameters."},
     ),
     "Catalogue": _list_of(_ref("schemas", "CatalogueEntry")),
     "Problem": {
@@ -306,7 +341,7 @@ def _contents(contents: Iterable[Content]) -> dict[str, Any]:
         content.media: {
             "schema": _ref("schemas", content.schema),
             "examples": {
-                f"example{index}": {"summary": summary, "value": value}
+                f"example{index}": {"summary": summary, "value": value() if callable(value) else value}
                 for index, (summary, value) in enumerate(content.examples.items(), 1)
             },
         }

@@ -5,8 +5,10 @@ the routes. Names of schemas, parameters and headers are those of openapi.py.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from service import catalogue, examples
 
@@ -16,7 +18,10 @@ BASE64: Final = "a safetensors file, shown in base64"
 
 
 class Content(NamedTuple):
-    """A body of one media type; `schema` is the name of one in the document; examples by their summaries."""
+    """A body of one media type; `schema` is the name of one in the document; examples by their summaries.
+
+    An example may be a function that makes it, where that takes a while.
+    """
 
     media: str
     schema: str
@@ -184,6 +189,29 @@ SESSIONS: Final = (
         },
         problems=(*SESSION, "not-acceptable"),
     ),
+    Operation(
+        method="GET",
+        path="/v1/sessions/{session}/schedule",
+        id="getSessionSchedule",
+        tag="Sessions",
+        summary="Read what the hyperparameters will be.",
+        description="`values.lr` is the learning rate, groups not regarded; beside it stands every hyperparameter that "
+        "has a schedule, under its JSON pointer in the session object. `first` is the number of the update that the "
+        "first value is for. What looks at the loss (`plateau`) is shown as it stands. `Accept: text/csv` gives a "
+        "table.",
+        parameters=("Session", "PreviewSteps"),
+        answers={
+            200: Answer(
+                "The values, one for each of the next updates.",
+                (
+                    _json("Preview", "three steps", examples.preview()),
+                    Content("text/csv", "Text", {"three steps": examples.preview_csv()}),
+                ),
+                STAMPED,
+            )
+        },
+        problems=(*SESSION, "not-acceptable"),
+    ),
 )
 
 STEPS: Final = (
@@ -195,9 +223,10 @@ STEPS: Final = (
         summary="Send a gradient; get parameters or updates.",
         description="In JSON all members stand in the body. In safetensors the body's tensors are the gradients, and "
         "the other members are query parameters: `w:indices` (I64) and `w:values` make a row-sparse gradient of `w`, "
-        "`w:params` is the value of `w` where the client holds it, `:hessian` the Hessian. The reply has the request's "
-        "format unless Accept names another. With If-Match the step is applied only at the commit or step it names; "
-        "with Idempotency-Key it is applied once, however often it is sent.",
+        "`w:params` is the value of `w` where the client holds it, `:hessian` the Hessian, `w:hessian_diagonal` an "
+        "estimate of its diagonal. The reply has the request's format unless Accept names another. With If-Match the "
+        "step is applied only at the commit or step it names; with Idempotency-Key it is applied once, however often "
+        "it is sent.",
         parameters=(
             "Session",
             "IfMatch",
@@ -240,6 +269,7 @@ STEPS: Final = (
             "params-held",
             "params-not-held",
             "hessian-required",
+            "loss-required",
             "key-reused",
             "step-conflict",
             "not-acceptable",
@@ -254,7 +284,8 @@ STEPS: Final = (
         tag="Steps and parameters",
         summary="Read the parameters, now or once there are newer ones.",
         description="`at=next` is the point at which the next gradient is to be taken, `at=final` the one to use as "
-        "the result. They differ where the method says so: Nesterov's look-ahead form, averaging.",
+        "the result. They differ where the method says so: Nesterov's look-ahead form, a line search, schedule-free, "
+        "SAM; averaging.",
         parameters=("Session", "At", "WaitAfter", "Wait", "IfNoneMatch"),
         answers={
             200: Answer(
@@ -320,6 +351,8 @@ STEPS: Final = (
     ),
 )
 
+Entries: TypeAlias = Callable[[], tuple[dict[str, Any], ...]]
+
 _SUMMARIES: Final = {
     "optimizers": "List the optimizers: hyperparameters, formula, needs, slots.",
     "schedules": "List the schedules that a numeric hyperparameter may follow.",
@@ -332,7 +365,7 @@ def _families() -> tuple[Operation, ...]:
     found = []
     for family, entries in catalogue.FAMILIES.items():
         name = family[:-1].capitalize()
-        sample = {"data": list(entries()[-1:]), "has_more": False}
+        sample = partial(_sample, entries)
         common = {"tag": "Catalogue", "problems": ("invalid-request", "internal-error")}
         found.append(
             Operation(
@@ -344,8 +377,8 @@ def _families() -> tuple[Operation, ...]:
                 **common,  # type: ignore[arg-type]
             )
         )
-        if entries():
-            answer = Answer("The kind.", (_json("CatalogueEntry", "one kind", entries()[-1]),))
+        if entries is not catalogue.none_yet:
+            answer = Answer("The kind.", (_json("CatalogueEntry", "one kind", partial(_first, entries)),))
             common["problems"] = ("not-found", *common["problems"])
             found.append(
                 Operation(
@@ -359,6 +392,14 @@ def _families() -> tuple[Operation, ...]:
                 )
             )
     return tuple(found)
+
+
+def _sample(entries: Entries) -> dict[str, Any]:
+    return {"data": list(entries()[:1]), "has_more": False}
+
+
+def _first(entries: Entries) -> dict[str, Any]:
+    return entries()[0]
 
 
 SERVICE: Final = (

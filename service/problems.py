@@ -140,8 +140,17 @@ PROBLEMS: Final[dict[str, Entry]] = {
     "hessian-required": Entry(
         422,
         "The step needs the Hessian",
-        "The optimizer is a second-order method, and the step came without `hessian`.",
-        "Send the n × n matrix over the flat parameters as `hessian`, in the order of the session's `shapes`.",
+        "The optimizer is a second-order method, and the step came without `hessian`, or without `hessian_diagonal` "
+        "where that was due.",
+        "Send the n × n matrix over the flat parameters as `hessian`, in the order of the session's `shapes`; or, for "
+        "sophia, an estimate of its diagonal by tensor as `hessian_diagonal`.",
+    ),
+    "loss-required": Entry(
+        422,
+        "The step needs the loss",
+        "The optimizer (a line search, a step size after Polyak) or a schedule (`plateau`) looks at the loss, and the "
+        "step came without it.",
+        "Send the loss at the point where the gradient was taken, as `loss`.",
     ),
     "key-reused": Entry(
         422,
@@ -243,6 +252,7 @@ SLUGS: Final[dict[type[Exception], str]] = {
     core.ParamsHeld: "params-held",
     core.ParamsNotHeld: "params-not-held",
     core.HessianRequired: "hessian-required",
+    core.LossRequired: "loss-required",
     core.UnknownTensor: "unknown-tensor",
     core.MissingGradient: "missing-gradient",
     core.NonFinite: "non-finite",

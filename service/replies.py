@@ -45,7 +45,7 @@ def step(form: Format, applied: Applied) -> Reply:
     if applied.replayed:
         headers.append(REPLAYED)
     flat = applied.params if applied.params is not None else applied.updates
-    metrics = {"lr": applied.lr, "grad_norm": applied.grad_norm}
+    metrics = {"lr": applied.lr, "grad_norm": applied.grad_norm, **applied.metrics}
     skipped = {"skipped": True} if applied.skipped else {}
     if form == "safetensors":
         metadata = {name: repr(float(value)) for name, value in metrics.items() if value is not None}

@@ -13,8 +13,9 @@ Tensors are left alone by pydantic, which would look at every number by itself; 
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -30,15 +31,28 @@ from typing_extensions import TypeAliasType
 
 from core.errors import InvalidRecipe
 from core.layout import MAX_DIMENSIONS, MAX_SIZE, Array, Layout
-from core.recipe import Group, Recipe
+from core.optimizers import KINDS, Optimizer
+from core.optimizers.wrappers import Wrapper
+from core.recipe import Group, Recipe, describe
+from core.transforms import Transform
 from service.documents import Document
 from service.errors import Fault, InvalidRequest
 from service.faults import faults_of
-from service.kinds import AVERAGINGS, OPTIMIZERS, OVERRIDES, Kinds, Strict, by_name, core_object
+from service.kinds import (
+    ANY_OPTIMIZER,
+    ANY_TRANSFORM,
+    AVERAGINGS,
+    Kinds,
+    Strict,
+    by_name,
+    core_object,
+    overrides,
+)
 from service.wire.errors import InvalidValue
-from service.wire.json import pointer, tensor
+from service.wire.json import MAX_INTEGER, pointer, tensor
 
 MAX_LABELS = 32
+MAX_TRANSFORMS = 32
 MAX_GROUPS = 256  # each is matched against the name of each tensor, on the event loop
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -73,8 +87,15 @@ Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=MAX_LABELS)]
 Extent = Annotated[int, Field(ge=0, le=MAX_SIZE)]
 Shape = Annotated[list[Extent], Field(max_length=MAX_DIMENSIONS), AfterValidator(_possible)]
 Dtype = Literal["float32", "float64"]
+StateDtype = Annotated[
+    Literal["bfloat16"],
+    Field(description="What the moments are kept in, rounded at random; null: in the session's dtype."),
+]
+Seed = Annotated[int, Field(ge=0, le=MAX_INTEGER, description="Of that rounding; drawn if left out.")]
 NonFinitePolicy = Literal["reject", "skip"]
-NamedOptimizer = Annotated[Any, Kinds("Optimizer", OPTIMIZERS, by_name=True)]
+NamedOptimizer = Annotated[Any, ANY_OPTIMIZER]
+NamedTransform = Annotated[Any, ANY_TRANSFORM]
+Transforms = Annotated[list[NamedTransform], Field(max_length=MAX_TRANSFORMS)]
 NamedAveraging = Annotated[Any, Kinds("Averaging", AVERAGINGS, by_name=True)]
 
 
@@ -91,14 +112,6 @@ Tensor = TypeAliasType(
         ),
     ],
 )
-
-
-def _no_transform(value: object) -> object:
-    kind = value.get("kind") if isinstance(value, Mapping) else value
-    raise ValueError(f"there is no transform {str(kind)[:64]!r}: this version has none")
-
-
-Transform = Annotated[dict[str, Any], AfterValidator(_no_transform)]
 
 
 class HyperparameterGroup(Strict):
@@ -125,6 +138,9 @@ class _Settings(Strict):
     groups: list[HyperparameterGroup] = Field(default=[], max_length=MAX_GROUPS)
     averaging: NamedAveraging | None = None
     non_finite: NonFinitePolicy = "reject"
+    transforms: Transforms = Field(default=[])
+    state_dtype: StateDtype | None = None
+    state_seed: Seed | None = None
 
 
 class NewSession(_Settings):
@@ -136,7 +152,6 @@ class NewSession(_Settings):
     shapes: dict[str, Shape] = Field(default_factory=dict)
     name: Name | None = None
     labels: Labels = Field(default={})
-    transforms: list[Transform] = Field(default=[])
     aggregation: Aggregation = Aggregation()
 
 
@@ -152,7 +167,6 @@ class SessionDocument(RecipeDocument):
     name: Name | None
     labels: Labels
     aggregation: Aggregation
-    transforms: list[Transform]
     created_at: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")]
 
 
@@ -160,7 +174,7 @@ class Session(SessionDocument):
     """A session: what was asked for, every default filled in, and where it stands."""
 
     id: Annotated[str, StringConstraints(pattern="^ses_[a-z0-9]{20,}$")]
-    step: Annotated[int, Field(ge=0, description="The number of updates applied so far.")]
+    step: Annotated[int, Field(ge=0, description="The number of gradients taken so far.")]
     size: Annotated[int, Field(ge=0, description="The number of parameters.")]
     state_bytes: Annotated[int, Field(ge=0, description="Bytes of all slots, and of the parameters if they are held.")]
     holds_params: Annotated[bool, Field(description="Whether the server holds the parameters.")]
@@ -177,7 +191,7 @@ class SessionPatch(Strict):
     labels: Labels = Field(default={})
     optimizer: dict[str, Any] = Field(default={})
     groups: list[HyperparameterGroup] = Field(default=[], max_length=MAX_GROUPS)
-    transforms: list[Transform] = Field(default=[])
+    transforms: Transforms = Field(default=[])
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -226,29 +240,40 @@ def patch(body: object) -> Callable[[Document], Document]:
 
 def _patched(document: Document, parsed: SessionPatch) -> Document:
     old, given = document.recipe, parsed.model_fields_set
-    kind, hyperparameters = old.optimizer.kind, dict(parsed.optimizer)
-    if hyperparameters.pop("kind", kind) != kind:
-        raise InvalidRequest(
-            [Fault("/optimizer/kind", f"the kind of a session's optimizer cannot change: it is {kind}")]
-        )
     faults: list[Fault] = []
-    changes = _override(kind, hyperparameters, "/optimizer", faults)
-    groups = _groups(kind, parsed.groups, faults) if "groups" in given else old.groups
-    _refuse(faults)
     try:
-        optimizer = replace(old.optimizer, **changes)
-    except InvalidRecipe as error:
-        raise _rooted(error, "/optimizer") from None
-    try:
-        recipe = replace(old, optimizer=optimizer, groups=groups)
+        optimizer = _changed(old.optimizer, parsed.optimizer, "/optimizer", faults)
+        groups = _groups(optimizer, parsed.groups, faults) if "groups" in given else old.groups
+        _refuse(faults)
+        transforms = _transforms(parsed.transforms) if "transforms" in given else old.transforms
+        recipe = replace(old, optimizer=optimizer, groups=groups, transforms=transforms)
     except InvalidRecipe as error:
         raise _rooted(error) from None
     document = replace(document, recipe=recipe)
     if "name" in given:
         document = replace(document, name=parsed.name)
-    if "labels" in given:
-        document = replace(document, labels=parsed.labels)
-    return replace(document, transforms=tuple(parsed.transforms)) if "transforms" in given else document
+    return replace(document, labels=parsed.labels) if "labels" in given else document
+
+
+def _changed(old: Optimizer, given: Mapping[str, Any], at: str, faults: list[Fault]) -> Optimizer:
+    """`old` with the hyperparameters given, and what it wraps with those given for that. Raises InvalidRecipe."""
+    rest = dict(given)
+    if rest.pop("kind", old.kind) != old.kind:
+        faults.append(Fault(at + "/kind", f"the kind of a session's optimizer cannot change: it is {old.kind}"))
+    base, wrapped = getattr(old, "base", None), by_name(rest.pop("base", {}))
+    changes: dict[str, Any] = {}
+    if base is None and "base" in given:
+        faults.append(Fault(at + "/base", f"{old.kind} wraps nothing"))
+    elif not isinstance(wrapped, Mapping):
+        faults.append(Fault(at + "/base", "must be an object"))
+    elif base is not None:
+        changes["base"] = _changed(base, wrapped, at + "/base", faults)
+    changes |= _override((old.kind,), rest, at, faults)
+    try:
+        return replace(old, **changes)
+    except InvalidRecipe as error:
+        error.pointer = at + error.pointer
+        raise
 
 
 def _object(body: object) -> dict[str, Any]:
@@ -266,59 +291,90 @@ def _validated(model: type[Model], given: dict[str, Any], faults: Iterable[Fault
         parsed = model.model_validate(given)
     except ValidationError as error:
         found += [fault for fault in faults_of(error, given, model) if fault.pointer not in seen]
-    optimizer = by_name(given.get("optimizer"))
-    kind = optimizer.get("kind") if isinstance(optimizer, Mapping) else None
-    if isinstance(kind, str) and kind in OVERRIDES and model is not SessionPatch:
-        _check_groups(kind, given.get("groups"), found)
+    kinds = _adjustable(given.get("optimizer"))
+    if kinds and model is not SessionPatch:
+        _check_groups(kinds, given.get("groups"), found)
     _refuse(found)
     assert parsed is not None
     return parsed
 
 
-def _check_groups(kind: str, groups: object, faults: list[Fault]) -> None:
+def _adjustable(optimizer: object) -> tuple[str, ...]:
+    """The kinds whose hyperparameters a group may set: what the wrappers wrap. Empty if it cannot be told."""
+    kinds: list[str] = []
+    while isinstance(described := by_name(optimizer), Mapping):
+        kind = described.get("kind")
+        if not isinstance(kind, str) or kind not in KINDS:
+            return ()
+        if not issubclass(KINDS[kind], Wrapper):
+            kinds.append(kind)
+        usual = {field.name: field.default for field in fields(KINDS[kind])}.get("base")
+        optimizer = described.get("base", describe(usual))
+    return tuple(kinds)
+
+
+def _check_groups(kinds: tuple[str, ...], groups: object, faults: list[Fault]) -> None:
     for index, group in enumerate(groups if isinstance(groups, list) else ()):
         if isinstance(group, Mapping):
             own = {name: value for name, value in group.items() if name not in HyperparameterGroup.model_fields}
-            _override(kind, own, f"/groups/{index}", faults)
+            _override(kinds, own, f"/groups/{index}", faults)
 
 
-def _override(kind: str, given: dict[str, Any], at: str, faults: list[Fault]) -> dict[str, Any]:
-    """Hyperparameters of `kind` as the core has them; what is wrong goes to `faults`."""
+def _override(kinds: tuple[str, ...], given: dict[str, Any], at: str, faults: list[Fault]) -> dict[str, Any]:
+    """Hyperparameters of `kinds` as the core has them; what is wrong goes to `faults`."""
+    model = overrides(kinds)
     try:
-        parsed = OVERRIDES[kind].model_validate(given)
+        parsed = model.model_validate(given)
     except ValidationError as error:
-        faults += faults_of(error, given, OVERRIDES[kind], at)
+        faults += faults_of(error, given, model, at)
         return {}
     return {name: core_object(getattr(parsed, name)) for name in given}
 
 
-def _groups(kind: str, groups: list[HyperparameterGroup], faults: list[Fault]) -> tuple[Group, ...]:
+def _groups(optimizer: Optimizer, groups: list[HyperparameterGroup], faults: list[Fault]) -> tuple[Group, ...]:
+    kinds = _adjustable(describe(optimizer))
     return tuple(
-        Group(group.match, _override(kind, dict(group.model_extra or {}), f"/groups/{index}", faults), group.frozen)
+        Group(group.match, _override(kinds, dict(group.model_extra or {}), f"/groups/{index}", faults), group.frozen)
         for index, group in enumerate(groups)
     )
 
 
+def _transforms(given: Sequence[Any]) -> tuple[Transform, ...]:
+    """Raises InvalidRecipe."""
+    return tuple(_at(f"/transforms/{index}", transform) for index, transform in enumerate(given))
+
+
+def _at(pointer: str, model: Any) -> Any:
+    try:
+        return core_object(model)
+    except InvalidRecipe as error:
+        raise InvalidRecipe(pointer + error.pointer, error.reason) from None
+
+
 def _recipe(parsed: _Settings, shapes: Mapping[str, Any], where: str = "shapes") -> Recipe:
+    seed = parsed.state_seed
+    if parsed.state_dtype is not None and seed is None:
+        seed = secrets.randbelow(MAX_INTEGER)
     try:
-        optimizer = core_object(parsed.optimizer)
-    except InvalidRecipe as error:
-        raise _rooted(error, "/optimizer") from None
-    try:
-        average = core_object(parsed.averaging)
-    except InvalidRecipe as error:
-        raise _rooted(error, "/averaging") from None
-    groups = _groups(optimizer.kind, parsed.groups, [])
-    try:
-        return Recipe(optimizer, Layout(shapes), parsed.dtype, groups, average, parsed.non_finite)
+        optimizer = _at("/optimizer", parsed.optimizer)
+        return Recipe(
+            optimizer,
+            Layout(shapes),
+            parsed.dtype,
+            _groups(optimizer, parsed.groups, []),
+            _at("/averaging", parsed.averaging),
+            parsed.non_finite,
+            _transforms(parsed.transforms),
+            parsed.state_dtype,
+            seed if parsed.state_dtype else None,
+        )
     except InvalidRecipe as error:
         error.pointer = error.pointer.replace("/shapes", f"/{where}", 1)
         raise _rooted(error) from None
 
 
 def _document(parsed: "NewSession | SessionDocument", recipe: Recipe, **more: str) -> Document:
-    aggregation = parsed.aggregation.model_dump()
-    return Document(recipe, parsed.name, parsed.labels, aggregation, tuple(parsed.transforms), **more)
+    return Document(recipe, parsed.name, parsed.labels, parsed.aggregation.model_dump(), **more)
 
 
 def _tensors(params: dict[str, Any]) -> dict[str, Array]:
@@ -328,8 +384,8 @@ def _tensors(params: dict[str, Any]) -> dict[str, Array]:
         raise InvalidRequest([Fault(error.pointer, error.message)]) from None
 
 
-def _rooted(error: InvalidRecipe, at: str = "") -> InvalidRequest:
-    return InvalidRequest([Fault(at + error.pointer, error.reason)])
+def _rooted(error: InvalidRecipe) -> InvalidRequest:
+    return InvalidRequest([Fault(error.pointer, error.reason)])
 
 
 def _refuse(faults: list[Fault]) -> None:

@@ -1,7 +1,8 @@
 """A step as named tensors, the form in which it is sent as safetensors and stands in the log.
 
 `w` is a gradient; `w:indices` (I64) and `w:values` a row-sparse one; `w:params` the parameters of a client that holds
-them; `:hessian` the Hessian. A ':' is in no tensor's own name, so nothing can be mistaken.
+them; `:hessian` the Hessian, `w:hessian_diagonal` the part of its diagonal that belongs to w. A ':' is in no
+tensor's own name, so nothing can be mistaken.
 """
 
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ from typing import Final
 
 import numpy as np
 
+from core.contributions import Contribution, Gradient
 from core.layout import Array, Rows
-from core.session import Contribution, Gradient
 from service.wire.errors import MalformedSafetensors
 
 _ROWS: Final = np.dtype("<i8")
@@ -20,6 +21,7 @@ def of_tensors(tensors: Mapping[str, Array], loss: float | None, partial: bool) 
     """A step from its named tensors, as a request or the log has them. Raises MalformedSafetensors."""
     gradients: dict[str, Array | Rows] = {}
     params: dict[str, Array] = {}
+    diagonal: dict[str, Array] = {}
     hessian: Array | None = None
     rows: dict[str, dict[str, Array]] = {}
     for name, array in tensors.items():
@@ -30,13 +32,15 @@ def of_tensors(tensors: Mapping[str, Array], loss: float | None, partial: bool) 
         check_floats(name, array)
         if owner and part == "params":
             params[owner] = array
+        elif owner and part == "hessian_diagonal":
+            diagonal[owner] = array
         elif name == ":hessian":
             hessian = array
         else:
             gradients[name] = array  # a name that is none of these is no tensor of the session either
     for owner, parts in rows.items():
         gradients[owner] = _rows(owner, parts, gradients)
-    return Contribution(gradients, params or None, hessian, loss, partial)
+    return Contribution(gradients, params or None, hessian, diagonal or None, loss, partial)
 
 
 def tensors_of(contribution: Contribution, gradient: Gradient) -> dict[str, Array]:
@@ -53,6 +57,8 @@ def tensors_of(contribution: Contribution, gradient: Gradient) -> dict[str, Arra
             tensors[name] = min(array, narrow[name], key=_itemsize)
     if contribution.params is not None:
         tensors |= {f"{name}:params": array for name, array in contribution.params.items()}
+    if contribution.hessian_diagonal is not None:
+        tensors |= {f"{name}:hessian_diagonal": array for name, array in contribution.hessian_diagonal.items()}
     if contribution.hessian is not None:
         tensors[":hessian"] = contribution.hessian
     return tensors

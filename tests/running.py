@@ -20,10 +20,18 @@ START_SECONDS = 60
 
 
 class Server:
-    """`python -m service serve` on a free port. `arguments` are added to the command line."""
+    """`python -m service serve` on a free port. `arguments` are added to the command line; `root` has the code."""
 
-    def __init__(self, data: Path, *arguments: str, environment: dict[str, str] | None = None, port: int = 0) -> None:
+    def __init__(
+        self,
+        data: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        port: int = 0,
+        root: Path = ROOT,
+    ) -> None:
         self.data = data
+        self._root = root
         self._arguments = arguments
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("RAVINE_")}
         self._environment |= environment or {}
@@ -36,7 +44,7 @@ class Server:
         command = [sys.executable, "-m", "service", "serve", "--port", str(self._port), "--data", str(self.data)]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [*command, *self._arguments], cwd=ROOT, env=self._environment, stderr=log, stdout=log, text=True
+                [*command, *self._arguments], cwd=self._root, env=self._environment, stderr=log, stdout=log, text=True
             )
         self.url = self._wait_for_url()
         return self

@@ -17,9 +17,9 @@ import redis.asyncio
 import uvloop
 
 import service.store
+from core.contributions import Contribution
 from core.errors import ParamsNotHeld
 from core.evaluate import Evaluator
-from core.session import Contribution
 from service import live as files
 from service import schemas
 from service.documents import Applied, Precondition, Stamp, StepRequest

@@ -16,6 +16,7 @@ from service.documents import Document
 from service.errors import Fault, InvalidRequest
 from service.schemas import NewSession, document_of, parse_create, patch, recipe_of
 from service.wire.json import dumps, loads
+from tests.core.schedule_strategies import closed, plateau
 
 SHAPES = {"w": [2, 3], "b": [3]}
 
@@ -67,7 +68,7 @@ def objects(draw: st.DrawFn, kinds: dict[str, Any], *, schedulable: bool) -> dic
 
 
 def schedule_objects() -> st.SearchStrategy[dict[str, Any]]:
-    return objects(schedules.KINDS, schedulable=False)
+    return closed(numbers()) | plateau(numbers())
 
 
 @st.composite
