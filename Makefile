@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 UV     ?= uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: help serve check test docs soak demo bench bench-peers oracles lock clean
+.PHONY: help serve check test docs soak demo bench bench-peers convergence oracles lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ benchmarks/peers/.venv/.made:
 	@$(PYTHON) -m venv benchmarks/peers/.venv
 	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet 'torch==2.13.0'
 	@touch $@
+
+convergence: $(VENV)/.test  ## in how many steps each kind minimizes; writes docs/convergence.md (ARGS="adam lamb": these alone)
+	$(BIN)/python -m benchmarks.convergence --jobs 2 $(ARGS)
 
 oracles: .venv-oracles/.made  ## run the libraries (gigabytes), compare with them, write the golden values anew
 	PYTHONPATH=. .venv-oracles/bin/python tests/core/golden/make_golden.py

@@ -34,6 +34,11 @@ def test_schedule(name: str) -> None:
     assert GOLDEN.schedule_distance(name) <= SCHEDULE_TOLERANCE
 
 
+@pytest.mark.parametrize("name", GOLDEN.about["plateaus"])
+def test_plateau(name: str) -> None:
+    assert GOLDEN.plateau_distance(name) <= SCHEDULE_TOLERANCE
+
+
 @pytest.mark.parametrize("name", GOLDEN.about["averages"])
 def test_average(name: str) -> None:
     assert GOLDEN.average_distance(name) <= AVERAGE_TOLERANCE

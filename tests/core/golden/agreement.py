@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from core.layout import Array
+from core.schedules import Plateau
 from core.session import Session
 from tests.core.build import averaging_of, make, optimizer_of, schedule_of, step
 
@@ -122,6 +123,16 @@ class Golden:
         values = self.arrays["schedules"][list(self.about["schedules"]).index(name)]
         schedule = schedule_of(self.about["schedules"][name])
         return apart(np.array([schedule.at(t) for t in range(1, len(values) + 1)]), values)
+
+    def plateau_distance(self, name: str) -> float:
+        losses, values = self.arrays[f"plateau/{name}"]
+        schedule = schedule_of(self.about["plateaus"][name])
+        assert isinstance(schedule, Plateau)
+        memory, found = np.array(schedule.start()), []
+        for loss in losses:
+            found.append(schedule.value(memory))
+            schedule.observe(memory, float(loss))
+        return apart(np.array(found), values)
 
     def average_distance(self, name: str) -> float:
         averaging = averaging_of(self.about["averages"][name])

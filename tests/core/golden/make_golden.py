@@ -9,7 +9,8 @@ where something is beyond its tolerance. "theirs" is how far the library's float
 
 The tests read golden.npz alone (agreement.py), so that they need none of the libraries. A module *_cases.py has any of
 CASES (name -> Case), SCHEDULES (name -> (our JSON, function giving the values at the first 200 steps)), AVERAGES
-(name -> (our JSON, function of points giving their average)) and SCIPY (name -> function giving an array).
+(name -> (our JSON, function of points giving their average)), PLATEAUS (name -> (our JSON, losses, function giving the
+values that they lead to)) and SCIPY (name -> function giving an array).
 """
 
 import argparse
@@ -104,6 +105,9 @@ def make(pattern: str = "*") -> Golden:
     averages = {
         name: (asked, average(gradients.astype(np.float64))) for name, (asked, average) in gathered("AVERAGES").items()
     }
+    plateaus = {
+        name: (asked, np.array([losses, values()])) for name, (asked, losses, values) in gathered("PLATEAUS").items()
+    }
     about = {
         "versions": {package: version(package).split("+")[0] for package in PACKAGES},
         "shapes": SHAPES,
@@ -111,6 +115,7 @@ def make(pattern: str = "*") -> Golden:
         "cases": {name: described(case) for name, case in cases.items()},
         "schedules": {name: asked for name, (asked, _) in schedules.items()},
         "averages": {name: asked for name, (asked, _) in averages.items()},
+        "plateaus": {name: asked for name, (asked, _) in plateaus.items()},
     }
     return Golden(
         {
@@ -124,6 +129,7 @@ def make(pattern: str = "*") -> Golden:
             "schedules": np.array([values for _, values in schedules.values()]).reshape(-1, SCHEDULE_STEPS),
         }
         | {f"average/{name}": value for name, (_, value) in averages.items()}
+        | {f"plateau/{name}": value for name, (_, value) in plateaus.items()}
         | {f"scipy/{name}": np.asarray(make_array()) for name, make_array in gathered("SCIPY").items()}
     )
 
@@ -153,11 +159,13 @@ def compare(fresh: Golden, committed: Golden) -> bool:
         distances = list(fresh.distances(name))
         double, single = fresh.library(name, "float64"), fresh.library(name, "float32")
         distances.append(("theirs", apart(single, double), float("inf")))
-        if name in committed.about["cases"]:
+        if committed.about["cases"].get(name) == fresh.about["cases"][name]:
             distances.append(("golden", apart(double, committed.library(name, "float64")), distances[0][2]))
         report.add(name, distances)
     for name in fresh.about["schedules"]:
         report.add(f"schedule {name}", [("float64", fresh.schedule_distance(name), SCHEDULE_TOLERANCE)])
+    for name in fresh.about["plateaus"]:
+        report.add(f"schedule {name}", [("float64", fresh.plateau_distance(name), SCHEDULE_TOLERANCE)])
     for name in fresh.about["averages"]:
         report.add(f"average {name}", [("float64", fresh.average_distance(name), AVERAGE_TOLERANCE)])
     for name, value in fresh.arrays.items():
@@ -224,7 +232,7 @@ def write_table() -> None:
         table(golden),
         "Beyond rounding in float64:\n",
         reasons(golden),
-        f"No library here has the same form of {uncovered(golden)}: their arithmetic has tests of its own.\n",
+        f"No library here takes the same steps as {uncovered(golden)}, whose arithmetic has tests of its own.\n",
     ]
     DOCUMENT.write_text(before + BEGIN + "\n" + "\n".join(parts) + "\n" + END + after, encoding="utf-8")
 
