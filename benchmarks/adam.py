@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from core.contributions import Contribution
 from core.evaluate import Evaluator, Spec
 from core.layout import Layout
 from core.optimizers.adam import Adam
 from core.recipe import Recipe
-from core.session import Contribution, Session
+from core.session import Session
 
 PROBED = 8
 EXTRA_ROUNDS = 3

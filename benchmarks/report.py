@@ -4,7 +4,8 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from benchmarks.measure import Comparison, Idle, NotRun, Result
+from benchmarks.core_rows import Worst
+from benchmarks.measure import Comparison, Idle, NotRun, Result, Round
 
 # A ratio that got worse by more than this is pointed out.
 LOSS = 0.10
@@ -26,14 +27,20 @@ def render(machine: dict[str, str], results: Sequence[Result], before: Mapping[s
         "\n".join(f"- {name}: {text}" for name, text in (machine | _idleness(compared)).items()),
         _table(results, before),
         *_losses(compared, before),
-        *[_details(result) for result in compared],
+        *[_worst(result) if isinstance(result, Worst) else _details(result) for result in compared],
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _idleness(results: Iterable[Comparison]) -> dict[str, str]:
-    states = [state for result in results for turn in result.rounds for state in turn.before.values()]
+    states = [state for result in results for turn in _rounds(result) for state in turn.before.values()]
     return {"Idle CPU before the turns": _idle(states)} if states else {}
+
+
+def _rounds(result: Comparison) -> list[Round]:
+    if isinstance(result, Worst):
+        return [turn for case in result.cases for turn in case.rounds]
+    return list(result.rounds)
 
 
 def _idle(states: Sequence[Idle]) -> str:
@@ -88,6 +95,28 @@ def _details(result: Comparison) -> str:
     states = [turn.before[name] for turn in result.rounds for name in names]
     remarks = [f"Ratio round by round: {ratios}.", f"Idle CPU before the turns: {_idle(states)}.", *result.remarks]
     return "\n".join([f"## {row.code}", "", *lines, "", *[f"- {remark}" for remark in remarks]])
+
+
+def _worst(result: Worst) -> str:
+    """A line for every case. The columns of ratios have all contestants but ours."""
+    row, ours = result.row, result.row.ours
+    others = [name for name in result.rounds[0].samples if name != ours]
+    others.sort(key=lambda name: name != row.theirs)
+    heads = [row.code, *[f"ratio to {name}" for name in others], result.unit]
+    heads += [*result.rounds[0].samples[ours].beside, "bytes an element"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for case in result.cases:
+        samples = [turn.samples for turn in case.rounds]
+        cells = [case.name if case.counts else f"{case.name} (not in the goal)"]
+        cells += [_spread([each[ours].value / each[name].value for each in samples]) for name in others]
+        cells.append(_spread([each[ours].value for each in samples]))
+        cells += [_spread([each[ours].beside[figure] for each in samples]) for figure in samples[0][ours].beside]
+        lines.append(f"| {' | '.join([*cells, _number(case.size)])} |")
+    states = [state for turn in _rounds(result) for state in turn.before.values()]
+    remarks = [f"Idle CPU before the rounds: {_idle(states)}.", *result.remarks]
+    return "\n".join(
+        [f"## {row.code}", "", "Medians (lowest–highest).", "", *lines, "", *[f"- {remark}" for remark in remarks]]
+    )
 
 
 def _spread(values: Sequence[float]) -> str:
