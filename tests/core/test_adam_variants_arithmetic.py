@@ -12,18 +12,9 @@ from core.errors import InvalidRecipe
 from core.optimizers.adam_momenta import Adan, AdEMAMix, between
 from core.optimizers.adam_variants import AdaBelief, Adopt, LaProp, Yogi
 from core.schedules import Linear
+from tests.core.arithmetic import GRADIENTS, START
 from tests.core.build import held, make, step, trajectory
 
-START = [1.0, -2.0, 0.25, -0.5]
-GRADIENTS = [
-    [0.5, -2.0, 0.001, 0.0],
-    [0.25, 4.0, -0.002, 0.3],
-    [-1.0, 1.5, 0.008, -0.001],
-    [0.75, -0.125, 0.0156, 0.0],
-    [2.0, 3.0, -0.001, -0.3],
-    [0.0, -1.0, 0.0625, 2.0],
-    [0.01, -0.1, 0.0, -1.0],
-]
 LR, BETA1, BETA2, BETA3, EPS, ROOT, DECAY = 0.05, 0.8, 0.7, 0.95, 0.01, 0.03, 0.2
 RATES = [LR - (LR - 0.01) * (t - 1) / 5 if t < 6 else 0.01 for t in range(1, len(GRADIENTS) + 1)]
 FALLING = Linear(LR, 0.01, 5)

@@ -14,18 +14,9 @@ from core.optimizers.descent import Sgd
 from core.recipe import Group
 from core.schedules import Linear
 from core.session import NewParams, Session
+from tests.core.arithmetic import GRADIENTS, START
 from tests.core.build import held, make, step, trajectory
 
-START = [1.0, -2.0, 0.25, -0.5]
-GRADIENTS = [
-    [0.5, -2.0, 0.001, 0.0],
-    [0.25, 4.0, -0.002, 0.3],
-    [-1.0, 1.5, 0.008, -0.001],
-    [0.75, -0.125, 0.0156, 0.0],
-    [2.0, 3.0, -0.001, -0.3],
-    [0.0, -1.0, 0.0625, 2.0],
-    [0.01, -0.1, 0.0, -1.0],
-]
 RATES = [0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.1]
 RISING = Linear(0.0, 0.1, 5)
 

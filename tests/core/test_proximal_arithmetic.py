@@ -10,17 +10,8 @@ import pytest
 from core.errors import InvalidRecipe
 from core.optimizers.proximal import Ftrl
 from core.schedules import Linear
+from tests.core.arithmetic import GRADIENTS
 from tests.core.build import trajectory
-
-GRADIENTS = [
-    [0.5, -2.0, 0.001, 0.0],
-    [0.25, 4.0, -0.002, 0.3],
-    [-1.0, 1.5, 0.008, -0.001],
-    [0.75, -0.125, 0.0156, 0.0],
-    [2.0, 3.0, -0.001, -0.3],
-    [0.0, -1.0, 0.0625, 2.0],
-    [0.01, -0.1, 0.0, -1.0],
-]
 
 
 def by_hand(start: list[float], alpha: float, options: dict[str, Any]) -> list[list[float]]:

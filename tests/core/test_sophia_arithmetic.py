@@ -8,18 +8,9 @@ import pytest
 
 from core.errors import HessianRequired
 from core.optimizers.sophia import Sophia
+from tests.core.arithmetic import GRADIENTS, START
 from tests.core.build import held, make, step
 
-START = [1.0, -2.0, 0.25, -0.5]
-GRADIENTS = [
-    [0.5, -2.0, 0.001, 0.0],
-    [0.25, 4.0, -0.002, 0.3],
-    [-1.0, 1.5, 0.008, -0.001],
-    [0.75, -0.125, 0.0156, 0.0],
-    [2.0, 3.0, -0.001, -0.3],
-    [0.0, -1.0, 0.0625, 2.0],
-    [0.01, -0.1, 0.0, -1.0],
-]
 # Of the steps 1, 4 and 7, with curvatures of both signs and 0.
 DIAGONALS = [[2.0, 5.0, -1.0, 0.0], [3.0, -40.0, 2.0, 0.5], [0.1, 9.0, 0.0, 1.0]]
 LR, BETA1, BETA2, GAMMA, EPS = 0.05, 0.8, 0.7, 0.4, 0.01
