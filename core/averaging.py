@@ -9,10 +9,10 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from annotated_types import Ge
 
-from core.evaluate import BLOCK
 from core.hyperparameters import Decay, check_bounds
 from core.kind import Kind
 from core.layout import Array
+from core.sums import BLOCK
 
 KINDS: dict[str, type["Averaging"]] = {}
 

@@ -16,10 +16,10 @@ from core.errors import (
     ParamsRequired,
     ShapeMismatch,
 )
-from core.evaluate import norm
 from core.layout import Array, Rows, Slot, cast, check_rows, merge_rows
 from core.recipe import Recipe
 from core.state import State
+from core.sums import norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +199,14 @@ def flatten(recipe: Recipe, tensors: Mapping[str, Array], what: str) -> Array:
     return flat
 
 
-def check_change(old: Recipe, new: Recipe) -> None:
+def _kinds(optimizer: Any) -> list[str]:
+    """The kind of an optimizer, of what it wraps, and so on."""
+    return [] if optimizer is None else [optimizer.kind, *_kinds(getattr(optimizer, "base", None))]
+
+
+def check_change(old: Recipe, state: State, new: Recipe) -> None:
     """Raises InvalidRecipe where a running session cannot go on with `new`."""
-    if [m.kind for m in (*new.wrappers, new.method)] != [m.kind for m in (*old.wrappers, old.method)]:
+    if _kinds(new.optimizer) != _kinds(old.optimizer):
         raise InvalidRecipe("/optimizer/kind", "the kind of a running session's optimizer cannot change")
     if new.method.family != old.method.family:
         raise InvalidRecipe("/optimizer/kind", "the matrix form of a running session's optimizer cannot change")
@@ -210,6 +215,8 @@ def check_change(old: Recipe, new: Recipe) -> None:
         if getattr(new, name) != getattr(old, name):
             pointer = "/shapes" if name == "layout" else f"/{name}"
             raise InvalidRecipe(pointer, "shapes, dtype and averaging of a running session cannot change")
+    if new.held_only and not old.held_only and state.params is None and state.step > 0:
+        raise InvalidRecipe("/optimizer", "for this the session would have to hold the parameters, and its client does")
     if new.method.family == "whole" and new.method.slots != old.method.slots:
         raise InvalidRecipe("/optimizer", "this would change how much the method remembers, which cannot change")
     for name, own in new.own.items():

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from core.layout import Array
+from core.sums import BLOCK
 
 Formula: TypeAlias = Callable[..., Any]
 
-BLOCK = 16_384
 # Below this a compiled loop saves microseconds and is not worth two seconds of a core.
 WORTH_COMPILING = 16_384
 
@@ -144,18 +144,3 @@ def _compiled(spec: Spec) -> Callable[..., None]:
     kernel.disable_compile()
     compiled: Callable[..., None] = kernel
     return compiled
-
-
-def norm(arrays: Sequence[Array]) -> float:
-    """The L2 norm over all `arrays`, NaN or infinite where an element is.
-
-    Summed in float64, block by block in one fixed order, so that it has the same bits everywhere (a BLAS
-    dot product has not).
-    """
-    total = 0.0
-    with np.errstate(all="ignore"):
-        for array in arrays:
-            for start in range(0, array.size, BLOCK):
-                block = array[start : start + BLOCK].astype(np.float64, copy=False)
-                total += float(np.add.reduce(block * block))
-        return float(np.sqrt(total))

@@ -13,7 +13,7 @@ import numpy as np
 
 from core.bfloat16 import random_words, round_randomly, widen
 from core.contributions import Gradient
-from core.evaluate import BLOCK, Evaluator, Run
+from core.evaluate import Evaluator, Run
 from core.layout import BF16, Array, Slot
 from core.optimizers import ElementWise, Optimizer, TensorWise, Whole
 from core.optimizers.rule import Beside
@@ -22,6 +22,9 @@ from core.recipe import Recipe
 from core.state import State
 from core.transforms import Piece, Transform
 
+# Slots in bfloat16 are widened so many elements at a time. The random words begin anew with each part: with another
+# number a replay would give other bits.
+COMPACT_PART = 262_144
 # The least share of elements that a cautious update is taken to keep, so that it never grows without end.
 LEAST_KEPT = 1e-3
 
@@ -38,6 +41,11 @@ def resolved(recipe: Recipe, values: Mapping[str, float], variant: int, t: int) 
         own = {path: values.get(recipe.path_of(variant, path)) for path, _ in method.schedules()}
         return method.at(t, {path: value for path, value in own.items() if value is not None})
     return method.at(t)
+
+
+def wrappers_at(recipe: Recipe, values: Mapping[str, float], t: int) -> list[Wrapper]:
+    """The wrappers, outermost first, with the values that their schedules have at step t."""
+    return [wrapper.at(t, _below(values, "base." * depth)) for depth, wrapper in enumerate(recipe.wrappers)]
 
 
 def _below(values: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -161,8 +169,7 @@ class Move:
 
     def _wrappers(self) -> list[Wrapper]:
         """Outermost first, at this step."""
-        wrappers = enumerate(self.recipe.wrappers)
-        return [wrapper.at(self.t, _below(self.values, "base." * depth)) for depth, wrapper in wrappers]
+        return wrappers_at(self.recipe, self.values, self.t)
 
     def _run(self, out: Array, *, add: bool) -> bool:
         family = self.recipe.method.family
@@ -175,14 +182,21 @@ class Move:
         return True
 
     def _after(self, u: Array) -> None:
-        for wrapper in reversed(self._wrappers()):
+        if self.recipe.follows:
+            self._follow(u)
+        wrappers = [wrapper for wrapper in reversed(self._wrappers()) if wrapper.moves]
+        for wrapper in wrappers:
             for slot, _ in self.recipe.live():
                 flat = self._flat(slot.name)
                 state = {name: self.state.slots[name][flat] for name in wrapper.adds}
                 wrapper.after(self.t, u[flat], state)
-        if not self.recipe.follows:
-            return
+        if self.recipe.follows and wrappers:  # where they moved to is in the set but for rounding
+            self._follow(u)
+
+    def _follow(self, u: Array) -> None:
+        """The transforms that change the parameters after the update."""
         followers = [transform for transform in self._transforms() if transform.follows]
+        self.placed = []
         for piece in self.pieces:
             if piece.p is None:
                 continue
@@ -210,18 +224,24 @@ class Move:
                     known[choice] = resolved(self.recipe, self.values, choice, self.t).coefficients(self.t)
                 coefficients = known[choice]
             flat = self._flat(piece.name)
-            params = out[flat] if self.state.params is out else piece.p
-            run = Run(piece.g, params, [self.state.slots[name][flat] for name in rule.slots], out[flat])
+            place = out[flat]  # one object, so that the evaluator sees where the new parameters replace the old ones
+            params = place if self.state.params is out else piece.p
+            run = Run(piece.g, params, [self.state.slots[name][flat] for name in rule.slots], place)
             diagonal = self.gradient.diagonal.get(piece.name)
             if diagonal is not None and "hessian_diagonal" in rule.needs:
-                now: ElementWise = resolved(self.recipe, self.values, choice, self.t)
-                now.observe(self.t, diagonal, dict(zip(rule.slots, run.slots, strict=True)))
+                self._observe(choice, rule, diagonal, run, flat.start)
             if piece.rows is not None and not rule.lazy_rows:
                 run, piece.rows = run._replace(g=whole(piece)), None
             if piece.rows is None:
                 self._evaluate(rule, coefficients, run, flat.start, add=add)
             elif piece.g.size:
                 self._rows(rule, coefficients, piece, run, flat.start, add=add)
+
+    def _observe(self, choice: int, rule: ElementWise, diagonal: Array, run: Run, start: int) -> None:
+        now: ElementWise = resolved(self.recipe, self.values, choice, self.t)
+        wide = [widen(slot, run.g.dtype) if slot.dtype == BF16 else slot for slot in run.slots]
+        now.observe(self.t, diagonal, dict(zip(rule.slots, wide, strict=True)))
+        self._narrow(run.slots, wide, start)
 
     def _tracked(self, choice: int, tensor: str) -> tuple[float, ...]:
         rule: ElementWise = resolved(self.recipe, self.values, choice, self.t)
@@ -274,15 +294,21 @@ class Move:
         self, rule: ElementWise, coefficients: Sequence[float], run: Run, start: int, *, add: bool
     ) -> None:
         """The same with slots in bfloat16: widened, stepped, and rounded at random, a part at a time."""
-        seed, length = self.recipe.state_seed or 0, len(run.g) if rule.masked else 16 * BLOCK
+        length = len(run.g) if rule.masked else COMPACT_PART
         for begin in range(0, len(run.g), max(length, 1)):
             part = slice(begin, begin + length)
-            wide = [widen(slot[part], run.g.dtype) for slot in run.slots]
-            params = None if run.params is None else run.params[part]
-            self._evaluate_plain(rule, coefficients, Run(run.g[part], params, wide, run.out[part]), add=add)
-            for index, (slot, array) in enumerate(zip(run.slots, wide, strict=True)):
-                words = random_words(seed, (self.state.step + 1, index, start + begin), len(array))
-                slot[part] = round_randomly(array, words)
+            compact, out = [slot[part] for slot in run.slots], run.out[part]
+            wide = [widen(slot, run.g.dtype) for slot in compact]
+            params = out if run.params is run.out else None if run.params is None else run.params[part]
+            self._evaluate_plain(rule, coefficients, Run(run.g[part], params, wide, out), add=add)
+            self._narrow(compact, wide, start + begin)
+
+    def _narrow(self, slots: Sequence[Array], wide: Sequence[Array], start: int) -> None:
+        """Rounds `wide` into those of the slots that are in bfloat16; they begin at element `start`."""
+        for index, (slot, array) in enumerate(zip(slots, wide, strict=True)):
+            if slot.dtype == BF16:
+                place = (self.state.step + 1, index, start)
+                slot[...] = round_randomly(array, random_words(self.recipe.state_seed or 0, place, len(array)))
 
     def _tensors(self, out: Array, *, add: bool) -> None:
         for piece in self.pieces:
@@ -302,10 +328,13 @@ class Move:
             return True
         recipe, state = self.recipe, self.state
         pieces = sorted(self.pieces, key=lambda piece: recipe.layout.slots[piece.name].start)
-        where = np.concatenate([np.arange(*self._flat(piece.name).indices(len(out))[:2]) for piece in pieces])
-        everything = len(where) == len(out)
-        at: Any = slice(None) if everything else where
-        block: Any = (slice(None), slice(None)) if everything else np.ix_(where, where)
+        stretches = [self._flat(piece.name) for piece in pieces]
+        everything = sum(flat.stop - flat.start for flat in stretches) == len(out)
+        at: Any = slice(None)
+        block: Any = (slice(None), slice(None))
+        if not everything:
+            at = np.concatenate([np.arange(flat.start, flat.stop) for flat in stretches])
+            block = np.ix_(at, at)
         rule = recipe.variants[0]
         assert isinstance(rule, Whole)
         specs = rule.own(len(out))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from core.averaging import Averaging
+from core.bounds import numeric_fields
 from core.errors import InvalidRecipe
 from core.layout import BF16, Layout, Slot
 from core.optimizers import ElementWise, Optimizer, TensorWise, Whole
@@ -20,6 +21,9 @@ from core.optimizers.rule import Own
 from core.optimizers.wrappers import Wrapper, chain
 from core.schedules import Plateau, Schedule
 from core.transforms import Transform
+
+# They remember where they went by their own updates; what else moves the parameters would not be in it.
+OWN_WAY = ("lbfgs", "bfgs", "schedule_free", "asgd", "dog", "prodigy")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Recipe:
         for index, variant in enumerate(self.variants[1:]):
             if variant.family != self.method.family:
                 raise InvalidRecipe(f"/groups/{index}", "a group cannot change the matrix form of the optimizer")
+            if variant.hands_out and any(wrapper.hands_out for wrapper in self.wrappers):
+                raise InvalidRecipe(f"/groups/{index}", "both would say where the next gradient is to be taken")
         if isinstance(self.method, Whole) and self.method.family == "whole":
             self._check_whole(self.method)
         if self.state_dtype is not None and not self.compact:
@@ -73,7 +79,7 @@ class Recipe:
                 )
             if transform.holds_back and transform.kind in [other.kind for other in before if other.holds_back]:
                 raise InvalidRecipe(f"/transforms/{index}", f"there is a {transform.kind} already")
-            if transform.follows and self.method.kind in ("lbfgs", "bfgs", "schedule_free"):
+            if transform.follows and self.method.kind in OWN_WAY:
                 raise InvalidRecipe(
                     f"/transforms/{index}", f"{self.method.kind} cannot go on from parameters that were moved under it"
                 )
@@ -207,6 +213,21 @@ class Recipe:
             return f"groups.{variant - 1}.{path.rpartition('.')[2]}"
         return "base." * len(self.wrappers) + path
 
+    def bounds_of(self, path: str) -> tuple[Any, ...]:
+        """The bounds of the hyperparameter at `path`."""
+        family, *parts = path.split(".")
+        settings: Any = self.optimizer
+        if family in ("groups", "transforms"):
+            index = int(parts.pop(0))
+            settings = self.variants[index + 1] if family == "groups" else self.transforms[index]
+        else:
+            parts = [family, *parts]
+        for name in parts[:-1]:
+            settings = getattr(settings, name)
+        while parts[-1] not in vars(settings):  # a group may set what belongs to the base of its method
+            settings = settings.base
+        return numeric_fields(type(settings)).get(parts[-1], (float, ()))[1]
+
     # What the state is made of
 
     @cached_property
@@ -255,12 +276,13 @@ class Recipe:
     def _own(self) -> Iterator[tuple[str, Own]]:
         if isinstance(self.method, Whole) and self.method.family == "whole":
             yield from _named("", self.method.own(self.layout.size))
-        for slot, choice in self.live():
-            variant = self.variants[choice]
+        for slot in self.layout:
+            variant = self.variants[self.choices[slot.name] or 0]  # a frozen tensor's state keeps still as well
             if isinstance(variant, TensorWise):
                 yield from _named(slot.name, variant.own(slot.shape))
             elif isinstance(variant, ElementWise):
-                yield from _named(slot.name, {name: Own((), fill, True) for name, fill in variant.scalars.items()})
+                for name, fill in variant.scalars.items():
+                    yield f"{slot.name}:{name}", Own((), fill, True, least=0.0, whole=name in variant.counts)
         for wrapper in self.wrappers:
             yield from _named("", wrapper.own())
         for name, transform in zip(self.transform_names, self.transforms, strict=True):

@@ -11,6 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from core.bfloat16 import widen
 from core.contributions import (
     Checked,
     Contribution,
@@ -25,11 +28,11 @@ from core.contributions import (
 )
 from core.errors import ParamsNotHeld
 from core.evaluate import Evaluator
-from core.layout import Array, Layout, Slot
-from core.moves import Move, optimizer_at, plateau_values, resolved
+from core.layout import BF16, Array, Layout, Slot
+from core.moves import Move, optimizer_at, plateau_values, resolved, wrappers_at
 from core.optimizers import Optimizer
 from core.recipe import Recipe, pointer_of
-from core.state import State, initial_own, initial_slots
+from core.state import State, carried, initial_own, initial_slots
 
 PARAMS_AT_STEP_ZERO = "parameters can be given to a session whose client holds them at step 0 alone"
 
@@ -71,7 +74,7 @@ class Session:
                     raise ParamsNotHeld(PARAMS_AT_STEP_ZERO)
                 return FlatParams(flatten(self.recipe, entry.params, "value"))
             case NewRecipe():
-                check_change(self.recipe, entry.recipe)
+                check_change(self.recipe, self.state, entry.recipe)
                 return entry
 
     # Applying
@@ -85,9 +88,9 @@ class Session:
             case FlatParams():
                 state.params = checked.params
             case NewRecipe():
-                self.recipe = checked.recipe
-                state.slots = initial_slots(self.recipe, keep=state.slots)
-                state.own = initial_own(self.recipe, keep=state.own)
+                kept, self.recipe = carried(self.recipe, checked.recipe, state), checked.recipe
+                state.slots = initial_slots(self.recipe, keep=kept.slots)
+                state.own = initial_own(self.recipe, keep=kept.own)
         return Outcome(state.step)
 
     def _step(self, gradient: Gradient, *, want_updates: bool, fresh: bool) -> Outcome:
@@ -105,6 +108,7 @@ class Session:
 
     # Looking
 
+    @np.errstate(all="ignore")
     def next_point(self) -> Array:
         """The point (n,) at which the next gradient is to be taken. Raises ParamsNotHeld."""
         held, recipe = self._held(), self.recipe
@@ -113,7 +117,7 @@ class Session:
             return held
         point, t = held.copy(), self.state.moves + 1
         values = plateau_values(recipe, self.state)
-        wrappers = [wrapper.at(t, values) for wrapper in reversed(recipe.wrappers)]
+        wrappers = wrappers_at(recipe, values, t)[::-1]
         for slot, variant in self._stretches():
             flat = slice(slot.start, slot.stop)
             state = self._state_of(slot)
@@ -122,6 +126,7 @@ class Session:
                 point[flat] = wrapper.point(t, point[flat], state)
         return point
 
+    @np.errstate(all="ignore")
     def final_point(self) -> Array:
         """The point (n,) to use as the result: the average where there is one. Raises ParamsNotHeld."""
         held, state = self._held(), self.state
@@ -129,14 +134,18 @@ class Session:
         if averaging is not None:
             point = averaging.result(state.slots["average"], held, state.moves)
             return point.copy() if point is state.slots["average"] else point
-        if not any(variant.has_final for variant in self.recipe.variants):
+        if not any(method.has_final for method in [*self.recipe.variants, *self.recipe.wrappers]):
             return held
         point = held.copy()
         values = plateau_values(self.recipe, state)
+        wrappers = wrappers_at(self.recipe, values, max(state.moves, 1))[::-1]
         for slot, variant in self._stretches():
             flat = slice(slot.start, slot.stop)
             method = resolved(self.recipe, values, variant, max(state.moves, 1))
-            point[flat] = method.final(state.moves, point[flat], self._state_of(slot))
+            remembered = self._state_of(slot)
+            point[flat] = method.final(state.moves, point[flat], remembered)
+            for wrapper in wrappers:
+                point[flat] = wrapper.final(state.moves, point[flat], remembered)
         return point
 
     def _held(self) -> Array:
@@ -149,7 +158,10 @@ class Session:
 
     def _state_of(self, slot: Slot) -> dict[str, Array]:
         """All that is remembered of a tensor, and of all of them, by its short name."""
-        found = {name: flat[slot.start : slot.stop] for name, flat in self.state.slots.items()}
+        found: dict[str, Array] = {}
+        for name, flat in self.state.slots.items():
+            stretch = flat[slot.start : slot.stop]
+            found[name] = widen(stretch, self.recipe.numpy_dtype) if stretch.dtype == BF16 else stretch
         for name, array in self.state.own.items():
             tensor, _, short = name.rpartition(":")
             if tensor in ("", slot.name):

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from core.errors import InvalidState
+from core.bounds import check_number
+from core.errors import InvalidRecipe, InvalidState
 from core.layout import BF16, Array
 from core.recipe import Recipe
 
@@ -35,6 +36,7 @@ class State:
         return State(self.step, self.params, slots, own, self.moves)
 
 
+@np.errstate(over="ignore")
 def initial_slots(recipe: Recipe, keep: Mapping[str, Array] | None = None) -> dict[str, Array]:
     """Every slot as it is before the first step; those of `keep` as they are."""
     found: dict[str, Array] = {}
@@ -51,6 +53,7 @@ def initial_slots(recipe: Recipe, keep: Mapping[str, Array] | None = None) -> di
     return found
 
 
+@np.errstate(over="ignore")
 def initial_own(recipe: Recipe, keep: Mapping[str, Array] | None = None) -> dict[str, Array]:
     """Every other array as it is before the first step; those of `keep` as they are."""
     found: dict[str, Array] = {}
@@ -67,6 +70,61 @@ def initial_own(recipe: Recipe, keep: Mapping[str, Array] | None = None) -> dict
         if keep is None or name not in keep:
             found[name][...] = plateau.start()
     return found
+
+
+def carried(old: Recipe, new: Recipe, state: State) -> State:
+    """What `state`, which is one of `old`, brings along where `new` takes over.
+
+    The rest begins anew: a plateau that starts from another value or belongs to something else now, and a transform
+    that keeps other arrays than before, since what it keeps belongs together.
+    """
+    before = dict(zip(old.transform_names, old.transforms, strict=True))
+    begun = set()
+    for name, transform in zip(new.transform_names, new.transforms, strict=True):
+        known = before.get(name, transform)
+        if (known.slots, known.own().keys()) != (transform.slots, transform.own().keys()):
+            begun.add(name)
+    slots = {name: array for name, array in state.slots.items() if name.rpartition(".")[0] not in begun}
+    own = {name: array for name, array in state.own.items() if _owner(name) not in begun | {"plateau"}}
+    for path, plateau in new.plateaus.items():
+        origin = _origin(old, new, path)
+        known_plateau = old.plateaus.get(origin)
+        if known_plateau is not None and known_plateau.start() == plateau.start():
+            own[f":plateau.{path}"] = state.own[f":plateau.{origin}"].copy()  # two groups may go on from the same
+    return State(state.step, state.params, slots, own, state.moves)
+
+
+def _owner(name: str) -> str:
+    """Of an array that belongs to no tensor: the transform that keeps it, or "plateau"."""
+    if not name.startswith(":"):
+        return ""
+    return "plateau" if name.startswith(":plateau.") else name[1:].rpartition(".")[0]
+
+
+def _origin(old: Recipe, new: Recipe, path: str) -> str:
+    """Where in `old` the hyperparameter was that is at `path` in `new`: groups go by what they match."""
+    family, _, rest = path.partition(".")
+    index, _, name = rest.partition(".")
+    if family == "groups":
+        there, here = [group.match for group in old.groups], new.groups[int(index)].match
+    elif family == "transforms":
+        there, here = old.transform_names, new.transform_names[int(index)]
+    else:
+        return path
+    return f"{family}.{there.index(here)}.{name}" if here in there else ""
+
+
+def _check_own(recipe: Recipe, own: Mapping[str, Array]) -> None:
+    """Raises InvalidState for numbers that the rules cannot have left there, and might not be able to go on from."""
+    for name, spec in recipe.own.items():
+        if not spec.holds(own[name]):
+            raise InvalidState(f"{name!r} holds a value that it cannot have")
+    for path, plateau in recipe.plateaus.items():
+        name = f":plateau.{path}"
+        try:
+            check_number(plateau.value(own[name]), recipe.bounds_of(path), name)
+        except InvalidRecipe as error:
+            raise InvalidState(f"{name!r} holds a value that it cannot have: {error.reason}") from None
 
 
 def _filled(shape: tuple[int, ...], value: float, dtype: np.dtype[Any]) -> Array:
@@ -110,6 +168,7 @@ def state_of(recipe: Recipe, step: int, tensors: Mapping[str, Array], moves: int
         if found.dtype != home.dtype or found.shape != home.shape:
             raise InvalidState(f"{name!r} is {found.dtype} {list(found.shape)}, not {home.dtype} {list(home.shape)}")
         home[...] = found
+    _check_own(recipe, state.own)
     unknown = sorted(set(tensors) - set(homes))
     if unknown:
         raise InvalidState(f"the state has a tensor {unknown[0]!r} that the recipe does not know")

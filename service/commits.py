@@ -289,7 +289,7 @@ class Committer:
         assert change.step is not None
         returns, layout = self._returns(live, change.step), live.session.layout
         params = live.session.next_point() if returns == "params" else None
-        updates = np.zeros(layout.size, live.session.recipe.numpy_dtype) if returns == "updates" else None
+        updates = np.full(layout.size, -0.0, live.session.recipe.numpy_dtype) if returns == "updates" else None
         metrics = live.session.metrics()
         return Applied(live.stamp, layout, params, updates, live.session.rate(), None, metrics, skipped=True)
 

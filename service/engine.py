@@ -253,11 +253,8 @@ class Engine:
 
     async def schedule(self, id_: str, steps: int) -> tuple[dict[str, Any], Stamp]:
         """The values that the hyperparameters will have over the next `steps` moves; the number of the first one."""
-
-        def read(live: Live) -> tuple[dict[str, Any], Stamp]:
-            return {"first": live.session.state.moves + 1, "values": live.session.preview(steps)}, live.stamp
-
-        return await self._look(id_, read)  # type: ignore[no-any-return]
+        session, stamp = await self._look(id_, lambda live: (live.schedules(), live.stamp))
+        return await self._committer.compute(True, files.preview, session, steps), stamp
 
     async def wait(self, id_: str, after: int, seconds: float) -> bool:
         """True as soon as the session's step is greater than `after`; False when `seconds` are over."""

@@ -18,10 +18,10 @@ from core.errors import CoreError, InvalidState
 from core.evaluate import Evaluator
 from core.layout import Array
 from core.session import Session
-from core.state import state_of, tensors_of
+from core.state import State, state_of, tensors_of
 from service import tensors as forms
 from service.documents import Document, Point, Stamp
-from service.errors import Corrupt
+from service.errors import Corrupt, Fault, InvalidRequest
 from service.records import Head, LogEntry, Stored
 from service.wire.json import MAX_INTEGER
 
@@ -35,6 +35,8 @@ WINDOW = 4096
 # What a session costs beside its arrays, in bytes: objects, names, buffers; measured with 10 parameters.
 OVERHEAD = 10 * 1024
 KEY_COST = 400
+# How many values of schedules are computed for one request.
+MOST_VALUES = 250_000
 
 DocumentReader = Callable[[Mapping[str, Any]], Document]
 
@@ -133,6 +135,12 @@ class Live:
             state.params = state.params.copy()
         return Session(session.recipe, state, session.evaluator)
 
+    def schedules(self) -> Session:
+        """As much of the session as its schedules look at, in arrays that no later step changes."""
+        session, state = self.session, self.session.state
+        own = {name: array.copy() for name, array in state.own.items() if name.startswith(":plateau.")}
+        return Session(session.recipe, State(state.step, None, {}, own, state.moves), session.evaluator)
+
     def point(self, at: str) -> Point:
         """The parameters at this commit. Raises ParamsNotHeld."""
         found = self.points.get(at)
@@ -186,6 +194,17 @@ def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
             grad_norm=float(text["norm"]),
         )
         live.remember(text["key"], done, outcome.updates if "updates" in text else None)
+
+
+def preview(session: Session, steps: int) -> dict[str, Any]:
+    """What the schedules give over the next `steps` moves, and the number of the first one.
+
+    It takes seconds where there are hundreds of schedules made of schedules. Raises InvalidRequest for too many values.
+    """
+    most = MOST_VALUES // (1 + len(session.recipe.schedules))
+    if steps > most:
+        raise InvalidRequest([Fault("/query/steps", f"of so many schedules at most {most} steps are shown")])
+    return {"first": session.state.moves + 1, "values": session.preview(steps)}
 
 
 # Files

@@ -355,6 +355,8 @@ def _recipe(parsed: _Settings, shapes: Mapping[str, Any], where: str = "shapes")
     seed = parsed.state_seed
     if parsed.state_dtype is not None and seed is None:
         seed = secrets.randbelow(MAX_INTEGER)
+    if parsed.state_dtype is None and seed is not None:
+        raise InvalidRequest([Fault("/state_seed", "it is the seed of the rounding of a `state_dtype`: there is none")])
     try:
         optimizer = _at("/optimizer", parsed.optimizer)
         return Recipe(
@@ -366,7 +368,7 @@ def _recipe(parsed: _Settings, shapes: Mapping[str, Any], where: str = "shapes")
             parsed.non_finite,
             _transforms(parsed.transforms),
             parsed.state_dtype,
-            seed if parsed.state_dtype else None,
+            seed,
         )
     except InvalidRecipe as error:
         error.pointer = error.pointer.replace("/shapes", f"/{where}", 1)

@@ -52,6 +52,7 @@ class Adan(Decoupled):
         r"d \leftarrow \beta_2 d + (1-\beta_2)\Delta,\quad n \leftarrow \beta_3 n + (1-\beta_3)(g + \beta_2\Delta)^2,"
         r"\quad u = -\eta\,\frac{m/(1-\beta_1^t) + \beta_2\, d/(1-\beta_2^t)}{\sqrt{n/(1-\beta_3^t)} + \varepsilon}"
     )
+    counts: ClassVar[tuple[str, ...]] = ("taken",)
     source: ClassVar[str] = "Xie et al. 2022, Adan: Adaptive Nesterov Momentum Algorithm"
     url: ClassVar[str] = "https://arxiv.org/abs/2208.06677"
     notes: ClassVar[tuple[str, ...]] = (

@@ -312,6 +312,7 @@ class Adopt(Decoupled):
         r"n = \mathrm{clip}\left(\frac{g}{\max(\sqrt{v}, \varepsilon)},\ \pm (t-1)^{1/4}\right),\quad "
         r"m \leftarrow \beta_1 m + (1-\beta_1)\, n,\quad u = -\eta m,\quad v \leftarrow \beta_2 v + (1-\beta_2) g^2"
     )
+    counts: ClassVar[tuple[str, ...]] = ("taken",)
     source: ClassVar[str] = "Taniguchi et al. 2024, ADOPT: Modified Adam Can Converge with Any β2"
     url: ClassVar[str] = "https://arxiv.org/abs/2411.02853"
     notes: ClassVar[tuple[str, ...]] = (

@@ -53,7 +53,9 @@ class Adagrad(ElementWise, Whole):
         return ("G",) if self.matrix == "diagonal" else ()
 
     def own(self, n: int) -> dict[str, Own]:
-        return {"G": Own((n, n), self.initial_accumulator, square=True)} if self.matrix == "full" else {}
+        end = np.finfo(np.float64).max  # it is finite: an infinity has no eigenvectors
+        full = Own((n, n), self.initial_accumulator, square=True, least=-end, most=end)
+        return {"G": full} if self.matrix == "full" else {}
 
     def initial(self, slot: str) -> float:
         return self.initial_accumulator
@@ -69,7 +71,7 @@ class Adagrad(ElementWise, Whole):
         return self.lr / (1.0 + (t - 1) * self.lr_decay)
 
     def step(self, t: int, g: Array, p: Array | None, state: State, beside: Beside) -> Array:
-        # Where the sum is beyond the dtype it stops at its end: an infinity has no eigenvectors.
+        # Where the sum is beyond the dtype it stops at its end.
         matrix, g = state["G"], g.astype(np.float64)
         end = np.finfo(matrix.dtype).max
         matrix[...] = np.clip(matrix.astype(np.float64) + np.outer(g, g), -end, end)

@@ -10,25 +10,15 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from core.evaluate import norm
+from core import sums
 from core.hyperparameters import Decay, NonNegative, Rate
 from core.layout import Array
 from core.optimizers.rule import Own, State, TensorWise, epsilons
 
-# A norm below it has lost digits, since squares as small have.
-LEAST_SQUARED = 1e-140
-
 
 def length(tensor: Array) -> float:
-    """The L2 norm of a tensor of any shape, also where its elements' squares are beyond float64 at either end."""
-    flat = np.ascontiguousarray(tensor).reshape(-1)
-    size = norm([flat])
-    if LEAST_SQUARED < size < math.inf:
-        return size
-    largest = float(np.abs(flat).max(initial=0.0))
-    if largest == 0 or not math.isfinite(largest):
-        return size
-    return largest * norm([flat.astype(np.float64) / largest])
+    """The L2 norm of a tensor of any shape."""
+    return sums.length([np.ascontiguousarray(tensor).reshape(-1)])
 
 
 @dataclass(frozen=True)
@@ -193,7 +183,7 @@ class NovoGrad(TensorWise):
         return frozenset({"params"} if self.weight_decay != 0 else ())
 
     def own(self, shape: tuple[int, ...]) -> dict[str, Own]:
-        return {"m": Own(shape), "v": Own((), exact=True)}
+        return {"m": Own(shape), "v": Own((), exact=True, least=0.0)}
 
     def step(self, t: int, g: Array, p: Array | None, state: State) -> Array:
         m, v = state["m"], state["v"]

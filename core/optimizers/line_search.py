@@ -21,9 +21,6 @@ the search has FAILED.
 import math
 from typing import NamedTuple
 
-import numpy as np
-
-from core.evaluate import BLOCK
 from core.layout import Array
 
 C1 = 1e-4
@@ -163,20 +160,3 @@ def lowest(a: Trial, b: Trial) -> float:
     if divisor == 0.0:
         return math.nan
     return b.step - (b.step - a.step) * ((b.slope + root - chord) / divisor)
-
-
-def dot(a: Array, b: Array) -> float:
-    """The sum of a · b in float64, block by block in one fixed order, so that it has the same bits everywhere."""
-    found = 0.0
-    for start in range(0, a.size, BLOCK):
-        first = a[start : start + BLOCK].astype(np.float64, copy=False)
-        found += float(np.add.reduce(first * b[start : start + BLOCK]))
-    return found
-
-
-def total(a: Array) -> float:
-    """The sum of the magnitudes, as `dot`."""
-    found = 0.0
-    for start in range(0, a.size, BLOCK):
-        found += float(np.add.reduce(np.abs(a[start : start + BLOCK].astype(np.float64, copy=False))))
-    return found

@@ -16,8 +16,8 @@ from annotated_types import Ge
 from core.errors import InvalidRecipe, LossRequired
 from core.hyperparameters import Decay, NonNegative, Positive, Rate, schedules_of
 from core.layout import Array
-from core.optimizers.line_search import dot, total
 from core.optimizers.rule import Beside, Own, State, Whole
+from core.sums import dot, magnitude
 
 # As large as to be no limit, and a number that JSON has.
 UNLIMITED = 1e300
@@ -96,7 +96,7 @@ class Dog(Whole):
 
     def own(self, n: int) -> dict[str, Own]:
         """`farthest`: the largest distance so far; `squares`: the sum of the squared norms of the gradients."""
-        return {"farthest": Own((), exact=True), "squares": Own((), exact=True)}
+        return {"farthest": Own((), exact=True, least=0.0), "squares": Own((), exact=True, least=0.0)}
 
     def step(self, t: int, g: Array, p: Array | None, state: State, beside: Beside) -> Array:
         farthest, squares, moved = state["farthest"], state["squares"], state["moved"]
@@ -136,7 +136,7 @@ class Adapted(Whole):
 
     def own(self, n: int) -> dict[str, Own]:
         """`d`: the estimate; `numerator`: a running sum that it is made of."""
-        return {"d": Own((), self.d0, exact=True), "numerator": Own((), exact=True)}
+        return {"d": Own((), self.d0, exact=True, least=0.0), "numerator": Own((), exact=True)}
 
     def rates(self, t: int, d: float, lr: Array) -> Array:
         """d · lr, with Adam's correction if it is asked for."""
@@ -190,7 +190,7 @@ class DAdaptAdam(Adapted):
         v[...] = self.beta2 * v + (1.0 - self.beta2) * (exact * exact)
         s[...] = root * s + (1.0 - root) * scaled
         state["numerator"][...] = root * state["numerator"] + (1.0 - root) * gained
-        self._estimate(float(state["numerator"]), (1.0 - root) * total(s), state["d"], beside.lr)
+        self._estimate(float(state["numerator"]), (1.0 - root) * magnitude(s), state["d"], beside.lr)
         return self.decayed(-over(m, np.sqrt(v.astype(np.float64)) + self.eps), rates, p)
 
     def _estimate(self, numerator: float, divisor: float, d: Array, lr: Array) -> None:
@@ -229,7 +229,7 @@ class Prodigy(Adapted):
 
     def own(self, n: int) -> dict[str, Own]:
         """As D-Adaptation's; `largest` is the largest estimate so far, which d reaches as growth_rate allows."""
-        return super().own(n) | {"largest": Own((), self.d0, exact=True)}
+        return super().own(n) | {"largest": Own((), self.d0, exact=True, least=0.0)}
 
     def step(self, t: int, g: Array, p: Array | None, state: State, beside: Beside) -> Array:
         m, v, s, moved = state["m"], state["v"], state["s"], state["moved"]
@@ -240,7 +240,7 @@ class Prodigy(Adapted):
         v[...] = self.beta2 * v + (1.0 - self.beta2) * (scaled * scaled)
         s[...] = memory * s + weight * (d if self.safeguard_warmup else rates) * exact
         state["numerator"][...] = memory * state["numerator"] - weight * dot(rates * exact, moved)
-        self._estimate(float(state["numerator"]), total(s), state, beside.lr)
+        self._estimate(float(state["numerator"]), magnitude(s), state, beside.lr)
         shape = over(m, np.sqrt(v.astype(np.float64)) + float(state["d"]) * self.eps)
         update = self.decayed(-rates * shape, rates, p).astype(g.dtype)
         moved += update

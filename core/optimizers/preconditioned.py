@@ -76,7 +76,7 @@ class Shampoo(TensorWise):
         found = {f"H{axis}": Own((blocks, side, side), exact=True) for axis, side in enumerate(sides)}
         if self.interval > 1:
             found |= {f"P{axis}": Own((blocks, side, side), exact=True) for axis, side in enumerate(sides)}
-            found["count"] = Own((), exact=True)
+            found["count"] = Own((), exact=True, whole=True)
         return found | momentum
 
     def step(self, t: int, g: Array, p: Array | None, state: State) -> Array:
@@ -169,7 +169,7 @@ class Soap(TensorWise):
         return [axis for axis, extent in enumerate(shape) if 1 < extent <= self.max_precond_dim]
 
     def own(self, shape: tuple[int, ...]) -> dict[str, Own]:
-        found = {"m": Own(shape), "v": Own(shape), "count": Own((), exact=True)}
+        found = {"m": Own(shape), "v": Own(shape), "count": Own((), exact=True, whole=True)}
         for axis in self.axes(shape):
             square = (shape[axis], shape[axis])
             found |= {f"GG{axis}": Own(square, exact=True), f"Q{axis}": Own(square, exact=True)}

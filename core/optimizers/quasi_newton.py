@@ -20,12 +20,12 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from core.errors import LossRequired
-from core.evaluate import BLOCK
 from core.hyperparameters import NonNegative, Rate
 from core.layout import Array
 from core.optimizers import line_search
-from core.optimizers.line_search import Search, dot, total
+from core.optimizers.line_search import Search
 from core.optimizers.rule import Beside, Own, State, Whole
+from core.sums import BLOCK, dot, magnitude
 
 LineSearch: TypeAlias = Literal["none", "strong_wolfe"]
 EPSILON = float(np.finfo(np.float64).eps)
@@ -78,7 +78,7 @@ class QuasiNewton(Whole):
         return "d", "g"
 
     def own(self, n: int) -> dict[str, Own]:
-        found = {"age": Own((), exact=True)}
+        found = {"age": Own((), exact=True, whole=True)}
         if self.searches:
             found |= {"alpha": Own((), exact=True), "search": Own((line_search.SIZE,), exact=True)}
         return found
@@ -170,7 +170,7 @@ class QuasiNewton(Whole):
         first = 1.0
         if state["age"] == 0.0:
             # Nothing is known of the scale yet: no farther than 1, by SciPy's norm or by torch's.
-            size = math.sqrt(dot(g, g)) if self.searches else total(g)
+            size = math.sqrt(dot(g, g)) if self.searches else magnitude(g)
             first = 1.0 / size if size > 1.0 else 1.0
         state["d"][...] = first * lr * direction
         return dot(g, state["d"])
@@ -229,8 +229,9 @@ class Lbfgs(QuasiNewton):
 
     def own(self, n: int) -> dict[str, Own]:
         """`rho`: 1/(sᵀy) of each pair, 0 where there is none; `place`: where the next goes; `scale`: of the first H."""
-        rho, one = Own((self.history,), exact=True), Own((), exact=True)
-        return super().own(n) | {"rho": rho, "place": one, "scale": one._replace(fill=1.0)}
+        rho, scale = Own((self.history,), exact=True), Own((), 1.0, exact=True)
+        place = Own((), exact=True, most=self.history - 1.0, whole=True)
+        return super().own(n) | {"rho": rho, "place": place, "scale": scale}
 
     def learn(self, s: Array, y: Array, curvature: float, state: State) -> None:
         place = int(state["place"])

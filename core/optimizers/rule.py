@@ -21,9 +21,12 @@ A method that wants its next gradient somewhere else than at the parameters (Nes
 trial point) says where by `point`, and nothing more: `at=next` hands that out.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeAlias
+
+import numpy as np
 
 from core.evaluate import Formula
 from core.hyperparameters import Adjustable
@@ -43,6 +46,18 @@ class Own(NamedTuple):
     fill: float = 0.0
     exact: bool = False  # float64, whatever the session's dtype
     square: bool = False  # (n, n) over all parameters, at first `fill` times the identity
+    # What a checkpoint may bring: a rule divides by these numbers, takes roots of them, counts by them.
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False  # whole numbers from 0 on
+
+    def holds(self, array: Array) -> bool:
+        """Whether these are values that the array can have."""
+        if self.whole:
+            return bool(np.all((array >= 0) & (array <= min(self.most, 2.0**53)) & (array == np.floor(array))))
+        if self.least == -math.inf and self.most == math.inf:
+            return True
+        return bool(np.all((array >= self.least) & (array <= self.most)))
 
 
 class Beside(NamedTuple):
@@ -123,6 +138,8 @@ class ElementWise(Optimizer):
     def family(self) -> Family:
         return "elements"
 
+    counts: ClassVar[tuple[str, ...]] = ()  # those of the scalars that are whole numbers
+
     @property
     def update(self) -> Formula:
         """(g, [p,] *slots, *coefficients) -> (u, *slots), for one element; p where `needs` has "params"."""
@@ -134,7 +151,7 @@ class ElementWise(Optimizer):
 
     @property
     def scalars(self) -> Mapping[str, float]:
-        """Numbers that a tensor's state has beside its slots (a running product), with their first values."""
+        """Numbers from 0 on that a tensor's state has beside its slots (a running product), with their first values."""
         return {}
 
     def tracked(self, t: int, scalars: Scalars) -> tuple[float, ...]:

@@ -11,12 +11,12 @@ import numpy as np
 from annotated_types import Ge, Le
 
 from core.errors import InvalidRecipe
-from core.evaluate import norm
 from core.hyperparameters import Count, NonNegative
 from core.layout import Array
 from core.optimizers.adam import AdamW
 from core.optimizers.descent import Momentum
 from core.optimizers.rule import Family, Optimizer, Own, State
+from core.sums import length
 
 ADAMW, MOMENTUM = AdamW(), Momentum()
 
@@ -29,17 +29,20 @@ class Wrapper(Optimizer):
     refuses: ClassVar[Mapping[str, str]] = {}  # kind -> why it cannot be wrapped
     partial: ClassVar[bool] = True  # whether a step may leave tensors out
     holds_back: ClassVar[bool] = False  # whether it may want another gradient before `base` moves
+    moves: ClassVar[bool] = False  # whether `after` does anything
 
     base: Optimizer
 
     def check(self) -> None:
         if not isinstance(self.base, Optimizer):
             raise InvalidRecipe("/base", "it must be an optimizer")
-        reason = self.refuses.get(self.base.kind)
-        if reason is None and self.base.hands_out and self.hands_out:
-            reason = "both would say where the next gradient is to be taken"
-        if reason is not None:
-            raise InvalidRecipe("/base/kind", f"{self.kind} cannot wrap {self.base.kind}: {reason}")
+        wrappers, method = chain(self.base)
+        for depth, inner in enumerate([*wrappers, method], 1):
+            reason = self.refuses.get(inner.kind)
+            if reason is None and inner.hands_out and self.hands_out:
+                reason = "both would say where the next gradient is to be taken"
+            if reason is not None:
+                raise InvalidRecipe("/base" * depth + "/kind", f"{self.kind} cannot wrap {inner.kind}: {reason}")
 
     @property
     def family(self) -> Family:
@@ -75,8 +78,9 @@ class Wrapper(Optimizer):
 class Lookahead(Wrapper):
     """Slow weights that follow the fast ones: every few steps the fast ones return part of the way.
 
-    `base` is the method that moves the fast weights. After every `sync_period` steps of it, slow weights move by
-    `slow_step` of the way to the fast ones, and the fast ones go on from there.
+    `base` is the method that moves the fast weights, which the session's parameters are. After every `sync_period`
+    steps of it, slow weights move by `slow_step` of the way to the fast ones, and the fast ones go on from there. The
+    slow ones are the result: `at=final`.
     """
 
     kind: ClassVar[str] = "lookahead"
@@ -96,13 +100,25 @@ class Lookahead(Wrapper):
         "schedule_free": "it keeps two sequences of its own, and only one of them would return",
         "lbfgs": "its curvature comes from the way between two gradients",
         "bfgs": "its curvature comes from the way between two gradients",
+        "asgd": "its average follows its own steps, and would miss the way back",
+        "dog": "it measures how far it came by its own steps, and would miss the way back",
+        "prodigy": "it measures how far it came by its own steps, and would miss the way back",
     }
 
     adds: ClassVar[tuple[str, ...]] = ("lag",)
+    moves: ClassVar[bool] = True
 
     base: Optimizer = ADAMW
     sync_period: Count = 6
     slow_step: Annotated[float, Ge(0), Le(1)] = 0.5
+
+    @property
+    def has_final(self) -> bool:
+        return True
+
+    def final(self, t: int, p: Array, state: State) -> Array:
+        slow: Array = p + state["lag"]
+        return slow
 
     def after(self, t: int, u: Array, slots: State) -> None:
         lag = slots["lag"]
@@ -154,7 +170,7 @@ class Sam(Wrapper):
         return True
 
     def own(self) -> dict[str, Own]:
-        return {"climbing": Own((), exact=True)}
+        return {"climbing": Own((), exact=True, most=1.0, whole=True)}
 
     def before(self, gradients: Sequence[Array], slots: Sequence[State], own: State) -> bool:
         climbing = own["climbing"]
@@ -165,15 +181,20 @@ class Sam(Wrapper):
             return True
         for g, state in zip(gradients, slots, strict=True):
             state["climb"][...] = g if not self.adaptive else g * np.abs(state["p"])
-        length = norm([state["climb"] for state in slots])
-        share = self.rho / length if 0.0 < length < np.inf else 0.0
+        size = length([state["climb"] for state in slots])
         for state in slots:
-            state["climb"] *= share * np.abs(state["p"]) if self.adaptive else share
+            climb = state["climb"]
+            if not 0.0 < size < np.inf:
+                climb[...] = 0.0
+                continue
+            # In float64, and not by rho / length, which may be too large for float32.
+            np.divide(climb, size, out=climb, dtype=np.float64, casting="same_kind")
+            climb *= self.rho * np.abs(state["p"]) if self.adaptive else self.rho
         climbing[...] = 1.0
         return False
 
     def point(self, t: int, p: Array, state: State) -> Array:
-        there: Array = p + state["climb"]
+        there: Array = p + state["climb"] if state["climbing"] else p
         return there
 
 

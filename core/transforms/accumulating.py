@@ -41,7 +41,7 @@ class Accumulate(Transform):
         return (self.reduce,)
 
     def own(self) -> dict[str, Own]:
-        return {"count": Own((), exact=True)}
+        return {"count": Own((), exact=True, whole=True)}
 
     def change(self, t: int, pieces: Sequence[Piece], own: Mapping[str, Array]) -> bool:
         count = own["count"]
@@ -92,7 +92,7 @@ class GradientEma(Transform):
         return ("mean",)
 
     def own(self) -> dict[str, Own]:
-        return {"rest": Own((), 1.0, exact=True)} if self.debias else {}
+        return {"rest": Own((), 1.0, exact=True, least=0.0, most=1.0)} if self.debias else {}
 
     def change(self, t: int, pieces: Sequence[Piece], own: Mapping[str, Array]) -> bool:
         weight = 1.0

@@ -10,7 +10,8 @@ from annotated_types import Ge, Le
 from core.errors import InvalidRecipe
 from core.hyperparameters import Adjustable, NonNegative
 from core.layout import Array
-from core.transforms.norms import Units, by_unit, from_units, length, lengths, scaled, shape_here
+from core.sums import length
+from core.transforms.norms import Units, by_unit, from_units, lengths, scaled, shape_here
 from core.transforms.transform import Piece, Transform
 
 PASCANU = "Pascanu, Mikolov & Bengio 2013, On the difficulty of training recurrent neural networks"

@@ -9,7 +9,8 @@ from annotated_types import Ge, Le
 
 from core.hyperparameters import NonNegative
 from core.layout import Array
-from core.transforms.norms import length
+from core.optimizers.muon import NewtonSchulz, orthogonalized
+from core.sums import length
 from core.transforms.transform import Piece, Transform
 
 # The coefficients of the quintic, chosen by Jordan et al. for a steep slope at 0.
@@ -53,18 +54,7 @@ class Orthogonalize(Transform):
         if divisor == 0:
             return matrix
         scaled = matrix / divisor
-        return polar(scaled) if self.exact else newton_schulz(scaled, self.steps)
-
-
-def newton_schulz(matrix: Array, steps: int) -> Array:
-    """`matrix`, of norm 1, with its singular values brought near 1."""
-    if matrix.shape[0] > matrix.shape[1]:
-        return newton_schulz(matrix.T, steps).T
-    a, b, c = QUINTIC
-    for _ in range(steps):
-        gram = matrix @ matrix.T
-        matrix = a * matrix + (b * gram + c * (gram @ gram)) @ matrix
-    return matrix
+        return polar(scaled) if self.exact else orthogonalized(scaled, NewtonSchulz(*QUINTIC, self.steps))
 
 
 def polar(matrix: Array) -> Array:

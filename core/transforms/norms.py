@@ -6,36 +6,21 @@ one of Keras and JAX (…, input, output) along the last. A vector or a number i
 All sums are in float64 and in one fixed order.
 """
 
-from collections.abc import Sequence
 from math import prod
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from core.evaluate import norm
 from core.layout import Array
+from core.sums import LEAST, length
 
 Units: TypeAlias = Literal["first", "last"]
-
-# Below it squares begin to lose digits in float64.
-SMALL = 1e-150
-
-
-def length(arrays: Sequence[Array]) -> float:
-    """The L2 norm over all `arrays`, also where squares of their elements overflow or vanish in float64."""
-    total = norm(arrays)
-    if SMALL < total < np.inf:
-        return total
-    largest = float(np.max([np.max(np.abs(array), initial=0.0) for array in arrays], initial=0.0))
-    if not 0.0 < largest < np.inf:
-        return largest
-    return largest * norm([array.astype(np.float64) / largest for array in arrays])
 
 
 def lengths(rows: Array) -> Array:
     """The L2 norm of each row of `rows` (k, m), as float64 (k,)."""
     found: Array = np.sqrt(np.add.reduce(np.multiply(rows, rows, dtype=np.float64), axis=1))
-    for index in np.flatnonzero(~((found > SMALL) & (found < np.inf))):
+    for index in np.flatnonzero(~((found > LEAST) & (found < np.inf))):
         found[index] = length([rows[index]])
     return found
 

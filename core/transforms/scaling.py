@@ -11,7 +11,8 @@ from core.errors import InvalidRecipe
 from core.hyperparameters import Count, NonNegative, schedules_of
 from core.layout import Array
 from core.optimizers.rule import Own
-from core.transforms.norms import Units, by_unit, divided, from_units, length, shape_here
+from core.sums import length
+from core.transforms.norms import Units, by_unit, divided, from_units, shape_here
 from core.transforms.transform import Piece, Transform
 
 FLOAT32 = np.finfo(np.float32)
@@ -165,7 +166,7 @@ class Unscale(Transform):
     def own(self) -> dict[str, Own]:
         if not self.dynamic:
             return {}
-        return {"scale": Own((), float(np.float32(self.scale)), exact=True), "good": Own((), exact=True)}
+        return {"scale": Own((), float(np.float32(self.scale)), exact=True), "good": Own((), exact=True, whole=True)}
 
     def change(self, t: int, pieces: Sequence[Piece], own: Mapping[str, Array]) -> bool:
         if not self.dynamic:

@@ -17,10 +17,11 @@ import pytest
 
 import core.evaluate
 from core.errors import InvalidRecipe
-from core.evaluate import BLOCK, WORTH_COMPILING, Evaluator, Run, Spec, norm
+from core.evaluate import WORTH_COMPILING, Evaluator, Run, Spec
 from core.layout import Array
 from core.optimizers import KINDS, ElementWise
 from core.optimizers.descent import Sgd, descend
+from core.sums import BLOCK, norm
 from tests.core.build import assert_same_bits, assert_same_state, bits, go, make, step
 
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from core.optimizers import line_search
-from core.optimizers.line_search import C1, C2, MOST_TRIALS, Search, Trial, advance, begin, dot, lowest, total
+from core.optimizers.line_search import C1, C2, MOST_TRIALS, Search, Trial, advance, begin, lowest
+from core.sums import dot, magnitude
 
 Line = Callable[[float], tuple[float, float]]
 
@@ -152,6 +153,6 @@ def test_sums_are_those_of_float64(n: int, dtype: type) -> None:
     a, b = random.normal(size=n).astype(dtype), random.normal(size=n).astype(dtype)
     exact = sum((Fraction(float(x)) * Fraction(float(y)) for x, y in zip(a, b, strict=True)), Fraction(0))
     assert dot(a, b) == pytest.approx(float(exact), rel=1e-12, abs=1e-12)
-    assert total(a) == pytest.approx(math.fsum(abs(float(x)) for x in a), rel=1e-14)
+    assert magnitude(a) == pytest.approx(math.fsum(abs(float(x)) for x in a), rel=1e-14)
     shifted = np.concatenate([[7], a]).astype(dtype)[1:]  # elsewhere in memory, aligned otherwise
     assert dot(shifted, b) == dot(a, b)

@@ -33,7 +33,7 @@ from core.optimizers.descent import Momentum, Sgd
 from core.optimizers.quasi_newton import Lbfgs
 from core.optimizers.second_order import Newton
 from core.recipe import Group, Recipe
-from core.schedules import Exponential, InverseTime, Linear
+from core.schedules import Exponential, InverseTime, Linear, Plateau
 from core.session import Session
 from core.state import state_of, tensors_of
 from tests.core.build import assert_same_bits, assert_same_state, go, held, make, picture, step, trajectory
@@ -599,6 +599,34 @@ def test_state_that_is_not_one(change: dict[str, Array | None], step_number: int
     found = {name: array for name, array in tensors.items() if array is not None}
     with pytest.raises(InvalidState):
         state_of(session.recipe, step_number, found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "values"),
+    [
+        (Lbfgs(), ":place", [np.nan, np.inf, -1.0, 0.5, 10.0]),
+        (KINDS["adopt"](), "w:taken", [np.nan, np.inf, -1.0, 0.5]),
+        (KINDS["adan"](), "b:taken", [np.nan, -1.0]),
+        (KINDS["soap"](), "w:count", [np.nan, np.inf, -1.0]),
+        (KINDS["novograd"](), "w:v", [np.nan, -1.0, -np.inf]),
+        (KINDS["dog"](), ":squares", [np.nan, -np.inf]),
+        (Adagrad(matrix="full"), ":G", [np.nan, np.inf]),
+        (KINDS["sam"](), ":climbing", [2.0, np.nan]),
+        (KINDS["nadam"](), "s:product", [-1.0, np.nan]),
+        (Adam(beta1=Plateau(0.9)), ":plateau.beta1", [-1.0, 1.0, 1e300, np.nan]),
+    ],
+)
+def test_numbers_that_a_rule_could_not_go_on_from_are_no_state(rule: Optimizer, name: str, values: list[float]) -> None:
+    session = make(rule, START)
+    for gradients in GRADIENTS[:3]:
+        go(session, gradients)
+    tensors, moves = tensors_of(session.recipe, session.state), session.state.moves
+    assert state_of(session.recipe, 3, tensors, moves).step == 3
+    for value in values:
+        forged = tensors[name].copy()
+        forged.flat[0] = value
+        with pytest.raises(InvalidState, match=name):
+            state_of(session.recipe, 3, tensors | {name: forged}, moves)
 
 
 def test_state_at_step_0_may_leave_slots_out() -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from core.contributions import Contribution
 from core.evaluate import Evaluator
 from core.layout import Layout
 from core.optimizers.adam import Adam
 from core.recipe import Recipe
-from core.session import Contribution, Session
+from core.session import Session
 from tests.running import Server, redis_server, serving
 from tests.wire import bits, create, params, step
 

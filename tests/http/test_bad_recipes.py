@@ -16,6 +16,10 @@ def linear(init: float, end: float) -> dict[str, Any]:
     return {"kind": "linear", "init": init, "end": end, "steps": 10}
 
 
+def in_products(depth: int) -> dict[str, Any]:
+    return {"kind": "product", "parts": [in_products(depth - 1)]} if depth else linear(1, 0)
+
+
 NEW: list[tuple[dict[str, Any], str]] = [
     # members
     ({"optimiser": "sgd"}, "/optimiser"),
@@ -75,6 +79,42 @@ NEW: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"kind": "adam", "beta1": linear(0.9, 1.0)}}, "/optimizer/beta1"),
     ({"optimizer": {"kind": "adam", "beta1": {"kind": "exponential", "init": 0.5, "rate": 1.1}}}, "/optimizer/beta1"),
     ({"optimizer": {"kind": "adagrad", "initial_accumulator": linear(0, 1)}}, "/optimizer/initial_accumulator"),
+    (
+        {"optimizer": {"kind": "sgd", "lr": {"kind": "sequence", "parts": [linear(1, 0)], "boundaries": [5]}}},
+        "/optimizer/lr/boundaries",
+    ),
+    (
+        {
+            "optimizer": {
+                "kind": "sgd",
+                "lr": {"kind": "product", "parts": [linear(1, 0), {"kind": "cosine", "init": 1}]},
+            }
+        },
+        "/optimizer/lr/parts/1/steps",
+    ),
+    ({"optimizer": {"kind": "sgd", "lr": in_products(9)}}, "/optimizer/lr" + "/parts/0" * 8),
+    ({"optimizer": {"kind": "sgd", "lr": in_products(25)}}, "/optimizer/lr" + "/parts/0" * 8),
+    ({"optimizer": {"kind": "sgd", "lr": {"kind": "product", "parts": [linear(1, 0)] * 65}}}, "/optimizer/lr/parts"),
+    (
+        {"optimizer": {"kind": "sgd", "lr": {"kind": "product", "parts": [{"kind": "plateau", "init": 1}]}}},
+        "/optimizer/lr/parts/0/kind",
+    ),
+    (
+        {"optimizer": {"kind": "sgd", "lr": {"kind": "multi_step", "init": 1, "milestones": [2, 1]}}},
+        "/optimizer/lr/milestones",
+    ),
+    (
+        {"optimizer": {"kind": "sgd", "lr": {"kind": "multi_step", "init": 1, "milestones": [1] * 10_001}}},
+        "/optimizer/lr/milestones",
+    ),
+    (
+        {"optimizer": {"kind": "sgd", "lr": {"kind": "piecewise_linear", "steps": [0, 1.5], "values": [1, 0]}}},
+        "/optimizer/lr/steps/1",
+    ),
+    (
+        {"groups": [{"match": "w", "lr": {"kind": "product", "parts": [{"kind": "constant", "value": "1"}]}}]},
+        "/groups/0/lr/parts/0/value",
+    ),
     # averaging
     ({"averaging": "mean"}, "/averaging/kind"),
     ({"averaging": {"kind": "ema", "decay": 1}}, "/averaging/decay"),
@@ -199,7 +239,7 @@ def session(server: Server) -> str:
         ({"optimizer": {"lr": linear(0.1, -0.1)}}, "/optimizer/lr"),
         ({"optimizer": {"lr": {"kind": "step"}}}, "/optimizer/lr/init"),
         ({"optimizer": None}, "/optimizer"),
-        ({"groups": [{"match": "w", "nesterov": True}]}, "/groups/0/nesterov"),
+        ({"groups": [{"match": "w", "momentum": 0.9}]}, "/groups/0/momentum"),
         ({"groups": [{"match": "w", "lr": -1}]}, "/groups/0/lr"),
         ({"groups": [{"match": "w"}] * 257}, "/groups"),
         ({"transforms": [{"kind": "clip"}]}, "/transforms/0"),

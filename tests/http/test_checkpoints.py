@@ -10,18 +10,18 @@ import safetensors
 import safetensors.numpy
 
 from core.optimizers import KINDS
+from core.recipe import describe
+from tests.http import contributions
 from tests.http.files import metadata_of, saved, step, with_metadata
 from tests.http.refusals import refused, standing, unchanged
 from tests.wire import SAFETENSORS, bits, create, params, tensors
 
 SHAPES = {"w": (3, 2), "b": (), "row": (1, 4)}
-SIZE = 11
 
 
 def gradients(t: int, dtype: type = np.float32) -> dict[str, np.ndarray]:
-    """Those of step t; `:hessian` beside them is positive definite."""
-    rng = np.random.default_rng(t)
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in SHAPES.items()}
+    """Those of step t."""
+    return contributions.gradients(SHAPES, t, np.dtype(dtype).name)
 
 
 def advance(client: httpx.Client, session: str, kind: str, steps: range, dtype: type = np.float32) -> list[bytes]:
@@ -29,10 +29,8 @@ def advance(client: httpx.Client, session: str, kind: str, steps: range, dtype: 
     replies = []
     for t in steps:
         sent = gradients(t, dtype)
-        if "hessian" in KINDS[kind]().needs:
-            root = np.random.default_rng((t, 1)).standard_normal((SIZE, SIZE))
-            sent[":hessian"] = root @ root.T + np.eye(SIZE)
-        got = tensors(step(client, session, sent))
+        more, members = contributions.beside(KINDS[kind]().needs, SHAPES, t, without=["params"])
+        got = tensors(contributions.post(client, session, sent | more, members))
         assert set(got) == set(SHAPES)
         replies.append(b"".join(bits(got[name]) for name in SHAPES))
     return replies
@@ -40,7 +38,10 @@ def advance(client: httpx.Client, session: str, kind: str, steps: range, dtype: 
 
 def started(client: httpx.Client, kind: str, dtype: type = np.float32, **members: Any) -> str:
     values = {name: array.tolist() for name, array in gradients(99).items()}
-    optimizer = {"kind": kind, "lr": {"kind": "cosine", "init": 0.3, "steps": 10}}
+    rate: Any = {"kind": "cosine", "init": 0.3, "steps": 10, "floor": 0.01}
+    if kind == "rprop":
+        rate = 0.3  # where it begins, and no schedule
+    optimizer = {"kind": kind} | ({"lr": rate} if "lr" in describe(KINDS[kind]()) else {})
     made = create(client, optimizer=optimizer, params=values, dtype=np.dtype(dtype).name, **members)
     session: str = made["id"]
     return session
@@ -243,6 +244,11 @@ def checkpoint(server: Any) -> bytes:
         ({"step": str(2**53)}, "invalid-checkpoint"),
         ({"step": str(2**70)}, "invalid-checkpoint"),
         ({"step": "9" * 5000}, "invalid-checkpoint"),
+        ({"moves": "2"}, "invalid-checkpoint"),
+        ({"moves": "-1"}, "invalid-checkpoint"),
+        ({"moves": ""}, "invalid-checkpoint"),
+        ({"moves": "x"}, "invalid-checkpoint"),
+        ({"moves": "9" * 5000}, "invalid-checkpoint"),
     ],
 )
 def test_text_that_is_no_checkpoints(

@@ -70,28 +70,30 @@ def test_a_read_never_sees_half_a_step(server: Server, client: httpx.Client, siz
     session = create(client, optimizer=optimizer, shapes={"w": [size]})["id"]
     path = f"/v1/sessions/{session}"
     client.put(f"{path}/params", content=saved({"w": np.zeros(size, np.float32)}), headers=SAFETENSORS)
-    steps = 40
-    over = threading.Event()
+    steps, over = 40, threading.Event()
+    seen = {"params": 0, "state": 0}
 
-    def read(resource: str) -> int:
-        seen = 0
+    def read(resource: str) -> None:
         with server.client() as other:
             while not over.is_set():
                 reply = other.get(f"{path}/{resource}", headers={"Accept": ST})
                 found, at = tensors(reply), int(reply.headers["ravine-step"])
                 assert np.all(found["w"] == -at)
                 assert "w:v" not in found or np.all(found["w:v"] == min(at, 1))
-                seen += 1
-        return seen
+                seen[resource] += 1
 
     with ThreadPoolExecutor(2) as pool:
-        reading = [pool.submit(read, resource) for resource in ("params", "state")]
+        reading = [pool.submit(read, resource) for resource in seen]
         try:
-            for t in range(1, steps + 1):
+            t = 0
+            # On a busy machine readers are slow to begin; one that failed is done.
+            while t < steps or not all(seen[r] or f.done() for r, f in zip(seen, reading, strict=True)):
+                t += 1
                 assert np.all(tensors(step(client, session, {"w": np.ones(size, np.float32)}))["w"] == -t)
         finally:
             over.set()
-        assert all(future.result() > 0 for future in reading)
+        for future in reading:
+            future.result()
 
 
 # -- waited for ------------------------------------------------------------------------------------------------

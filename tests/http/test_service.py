@@ -9,11 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
-from core import optimizers, schedules
+from core import optimizers, schedules, transforms
 from service.operations import PAGES
 from service.problems import PROBLEMS
+from tests.http.contributions import beside, post
 from tests.http.refusals import refused
 from tests.http.sockets import await_listeners, connected, head_of, reply_on
 from tests.running import Server, serving
@@ -49,7 +51,10 @@ def test_health(client: httpx.Client) -> None:
         assert client.head(path).status_code == 200
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("optimizers", optimizers.KINDS), ("schedules", schedules.KINDS)])
+FAMILIES = {"optimizers": optimizers.KINDS, "schedules": schedules.KINDS, "transforms": transforms.KINDS}
+
+
+@pytest.mark.parametrize(("family", "kinds"), FAMILIES.items())
 def test_the_catalogue(client: httpx.Client, family: str, kinds: dict[str, object]) -> None:
     listing = client.get(f"/v1/{family}").json()
     assert listing["has_more"] is False
@@ -62,28 +67,62 @@ def test_the_catalogue(client: httpx.Client, family: str, kinds: dict[str, objec
         assert entry["schema"]["properties"]["kind"]["const"] == entry["kind"]
 
 
-def test_the_catalogue_tells_the_bytes_and_needs_of_a_session(client: httpx.Client) -> None:
-    for entry in client.get("/v1/optimizers").json()["data"]:
-        for dtype, width in entry["bytes_per_parameter"].items():
-            made = create(client, optimizer=entry["kind"], shapes={"w": [10]}, dtype=dtype)
-            matrices = len(entry["matrices"]) * 100 * (4 if dtype == "float32" else 8)
-            assert made["state_bytes"] == 10 * width + matrices
-        defaults = {name: member.get("default") for name, member in entry["schema"]["properties"].items()}
-        assert {name: made["optimizer"][name] for name in defaults if name != "kind"} == {
-            name: value for name, value in defaults.items() if name != "kind"
+MISSING = {
+    "params": "params-required",
+    "loss": "loss-required",
+    "hessian": "hessian-required",
+    "hessian_diagonal": "hessian-required",
+}
+
+
+@pytest.mark.parametrize("kind", sorted(optimizers.KINDS))
+def test_the_catalogue_tells_the_bytes_and_needs_of_a_session(client: httpx.Client, kind: str) -> None:
+    entry, shapes = client.get(f"/v1/optimizers/{kind}").json(), {"w": [10]}
+    for dtype, width in entry["bytes_per_parameter"].items():
+        made = create(client, optimizer=kind, shapes=shapes, dtype=dtype)
+        if entry["family"] == "elements":
+            assert made["state_bytes"] == 10 * width + 8 * len(entry["own"])
+    defaults = {name: member.get("default") for name, member in entry["schema"]["properties"].items()}
+    assert made["optimizer"] == defaults | {"kind": kind}
+    assert made["holds_params"] is False
+    for need in entry["needs"]:
+        tensors, members = beside(entry["needs"], shapes, 1, without=[need])
+        refused(post(client, made["id"], {"w": np.ones(10)} | tensors, members), 422, MISSING[need])
+    tensors, members = beside(entry["needs"], shapes, 1)
+    reply = post(client, made["id"], {"w": np.ones(10)} | tensors, members)
+    if entry["holds_params"]:
+        refused(reply, 422, "params-required")
+        values = {"params": {"w": [0.5] * 10}}
+        assert client.put(f"/v1/sessions/{made['id']}/params", json=values).status_code == 200
+        tensors, members = beside(entry["needs"], shapes, 1, without=["params"])
+        reply = post(client, made["id"], {"w": np.ones(10)} | tensors, members)
+    assert (reply.status_code, reply.headers["ravine-step"]) == (200, "1"), reply.text
+
+
+def test_the_schemas_of_the_catalogue_are_enough_to_make_a_session(client: httpx.Client) -> None:
+    """Every member of a kind may be sent with its default, under its own name."""
+    for entry in client.get("/v1/transforms").json()["data"]:
+        members = entry["schema"]["properties"]
+        given = {name: member["default"] for name, member in members.items() if member.get("default") is not None}
+        needed = {
+            "max_norm": 1.0,
+            "weight_decay": 0.1,
+            "l1": 0.1,
+            "eta": 0.1,
+            "steps": 2,
+            "decay": 0.9,
+            "onto": "simplex",
         }
-        path = f"/v1/sessions/{made['id']}/steps"
-        reply = client.post(path, json={"gradients": {"w": [1.0] * 10}})
-        wanted = {"params": "params-required", "hessian": "hessian-required"}
-        if entry["needs"]:
-            refused(reply, 422, wanted[entry["needs"][0]])
-        else:
-            assert reply.status_code == 200
+        given |= {name: needed[name] for name in entry["schema"]["required"] if name != "kind"}
+        if entry["kind"] == "clip":
+            given["max_value"] = 1.0
+        transform = {"kind": entry["kind"], **given}
+        shown = create(client, optimizer="sgd", params={"w": [[1.0]]}, transforms=[transform])["transforms"]
+        assert shown == [dict.fromkeys(members) | transform]
 
 
 def test_families_without_kinds(client: httpx.Client) -> None:
-    for family in ("transforms", "reducers"):
-        assert client.get(f"/v1/{family}").json()["data"] == []
+    assert client.get("/v1/reducers").json() == {"data": [], "has_more": False}
 
 
 # -- problems, document, reference ---------------------------------------------------------------------------------
@@ -125,7 +164,7 @@ def test_the_document_has_every_call_that_is_answered(client: httpx.Client) -> N
         "/v1/sessions": {"get", "post"},
         one: {"get", "patch", "delete"},
         **{f"{one}/{resource}": {"post"} for resource in ("fork", "steps")},
-        **{f"{one}/{resource}": {"get"} for resource in ("state", "history", "events")},
+        **{f"{one}/{resource}": {"get"} for resource in ("state", "history", "events", "schedule")},
         f"{one}/params": {"get", "put"},
         **{f"/v1/{family}": {"get"} for family in ("optimizers", "schedules", "transforms", "reducers")},
         "/livez": {"get"},

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from core.optimizers import KINDS
+from core.recipe import describe
 from tests.http import arithmetic
-from tests.http.files import saved, step
+from tests.http.files import header_of, saved, step
 from tests.http.refusals import refused
 from tests.running import Server
 from tests.wire import SAFETENSORS, create, params
@@ -19,6 +20,7 @@ from tests.wire import SAFETENSORS, create, params
 MEMBERS = {
     "id", "name", "labels", "step", "optimizer", "dtype", "shapes", "size", "state_bytes", "holds_params",
     "transforms", "groups", "averaging", "aggregation", "non_finite", "created_at", "updated_at", "skipped",
+    "state_dtype", "state_seed",
 }  # fmt: skip
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
@@ -37,7 +39,9 @@ def listed(client: httpx.Client, **query: Any) -> tuple[list[str], bool]:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("form", ["name", "object"])
 def test_every_kind_by_name_and_as_an_object(client: httpx.Client, kind: str, dtype: str, form: str) -> None:
-    optimizer: Any = kind if form == "name" else {"kind": kind, "lr": 0.25}
+    usual = describe(KINDS[kind]())
+    given = {"lr": 0.25} if "lr" in usual else {"base": "sgd"}
+    optimizer: Any = kind if form == "name" else {"kind": kind, **given}
     body = {"optimizer": optimizer, "params": {"w": [[1.0, 2.0, 3.0]], "b": 0.5}, "dtype": dtype}
     reply = client.post("/v1/sessions", json=body)
     assert reply.status_code == 201, reply.text
@@ -47,13 +51,14 @@ def test_every_kind_by_name_and_as_an_object(client: httpx.Client, kind: str, dt
     assert reply.headers["location"] == f"/v1/sessions/{made['id']}"
     assert re.fullmatch(r'"0-[A-Za-z0-9_-]+"', reply.headers["etag"])
     assert reply.headers["ravine-step"] == "0"
-    width = {"float32": 4, "float64": 8}[dtype]
-    arrays = 1 + len(KINDS[kind]().slots) + 4 * len(KINDS[kind]().matrices)
-    assert (made["size"], made["state_bytes"]) == (4, 4 * width * arrays)
+    held = header_of(client.get(f"/v1/sessions/{made['id']}/state").content)
+    weight = sum(np.subtract(*tensor["data_offsets"][::-1]) for name, tensor in held.items() if name != "__metadata__")
+    assert (made["size"], made["state_bytes"]) == (4, weight)
     assert (made["step"], made["holds_params"], made["skipped"]) == (0, True, 0)
     assert (made["dtype"], made["shapes"]) == (dtype, {"w": [1, 3], "b": []})
-    assert made["optimizer"]["kind"] == kind
-    assert made["optimizer"]["lr"] == (0.25 if form == "object" else KINDS[kind]().rate(1))
+    assert (made["state_dtype"], made["state_seed"]) == (None, None)
+    shown = {} if form == "name" else {"lr": 0.25} if "lr" in usual else {"base": {"kind": "sgd", "lr": 1e-3}}
+    assert made["optimizer"] == usual | shown
     assert TIME.fullmatch(made["created_at"])
     assert TIME.fullmatch(made["updated_at"])
     assert client.get(f"/v1/sessions/{made['id']}").json() == made
@@ -62,6 +67,7 @@ def test_every_kind_by_name_and_as_an_object(client: httpx.Client, kind: str, dt
 def test_what_is_left_out_is_shown_with_its_default(client: httpx.Client) -> None:
     made = create(client, optimizer="adam", shapes={"w": [2, 3]})
     adam = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "eps_inside": False, "bias_correction": True}
+    adam |= {"eps_hat": False, "amsgrad": False, "nesterov": False, "cautious": False}
     assert made["optimizer"] == {"kind": "adam"} | adam
     assert (made["name"], made["labels"], made["groups"], made["transforms"]) == (None, {}, [], [])
     assert (made["averaging"], made["aggregation"], made["non_finite"]) == (None, {"mode": "async"}, "reject")

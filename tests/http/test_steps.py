@@ -355,6 +355,8 @@ def test_skipped_updates_are_zeros(client: httpx.Client) -> None:
     session = create(client, optimizer="sgd", shapes={"w": [2]}, non_finite="skip")["id"]
     got = tensors(step(client, session, {"w": np.float32([np.nan, 1])}))
     np.testing.assert_array_equal(got["w"], [0.0, 0.0])
+    start = np.float32([-0.0, 0.0])
+    assert bits(start + got["w"]) == bits(start)
 
 
 def test_parameters_are_taken_from_the_client_where_they_are_needed(client: httpx.Client) -> None:

@@ -1,0 +1,57 @@
+"""Sums over whole arrays: in float64, block by block, in one fixed order.
+
+So they have the same bits everywhere, whatever the machine; a dot product by BLAS has not.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from core.layout import Array
+
+BLOCK = 16_384
+# A norm below it has lost digits, since squares as small have.
+LEAST = 1e-140
+
+
+def norm(arrays: Sequence[Array]) -> float:
+    """The L2 norm over all `arrays`, flat; NaN or infinite where an element, or the sum of the squares, is."""
+    with np.errstate(all="ignore"):
+        return float(np.sqrt(sum((_sum(array, _square) for array in arrays), 0.0)))
+
+
+def length(arrays: Sequence[Array]) -> float:
+    """The same, also where the squares of finite elements overflow or vanish in float64."""
+    found = norm(arrays)
+    if LEAST < found < np.inf:
+        return found
+    largest = float(np.max([np.max(np.abs(array), initial=0.0) for array in arrays], initial=0.0))
+    if not 0.0 < largest < np.inf:
+        return largest
+    return largest * norm([array.astype(np.float64) / largest for array in arrays])
+
+
+def magnitude(array: Array) -> float:
+    """The sum of the absolute values of a flat array."""
+    return _sum(array, np.abs)
+
+
+def dot(a: Array, b: Array) -> float:
+    """The sum of a · b, both flat."""
+    found = 0.0
+    for start in range(0, a.size, BLOCK):
+        first = a[start : start + BLOCK].astype(np.float64, copy=False)
+        found += float(np.add.reduce(first * b[start : start + BLOCK]))
+    return found
+
+
+def _square(block: Array) -> Array:
+    squares: Array = block * block
+    return squares
+
+
+def _sum(array: Array, of: Callable[[Array], Array]) -> float:
+    found = 0.0
+    for start in range(0, array.size, BLOCK):
+        found += float(np.add.reduce(of(array[start : start + BLOCK].astype(np.float64, copy=False))))
+    return found
