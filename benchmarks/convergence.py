@@ -7,6 +7,7 @@
 Every method in METHODS runs on every problem of convergence_problems.py, through a core session. Its settings are not
 picked by hand: all rates of RATES, and all values of the method's own `choices`, race, and the first to reach the
 problem's target wins. Where none does with a constant rate, rates that fall linearly to 0 race, over SPANS of steps.
+A kind that NAMED does not have is there with its defaults.
 
 The race goes in rounds. A run leaves it when its loss is no longer a number or enormous, or when it is hopeless: when
 the loss would not reach the target in the steps that are left, even if it fell from here PATIENCE times as fast as it
@@ -118,7 +119,7 @@ ALONE = (1.0,)  # methods that have no rate to choose
 WIDE = tuple(float(f"{digit}e{power}") for power in range(-4, 5) for digit in (1, 3))
 CURVED = {"negative_curvature": ["gradient", "absolute"]}
 
-METHODS = (
+NAMED = (
     plain("sgd"),
     plain("momentum"),
     form("nesterov", "momentum", nesterov=True),
@@ -187,6 +188,15 @@ METHODS = (
     around("lookahead", "adamw"),
     around("sam", "momentum", choices={"rho": [0.05, 1e-3, 1e-4]}),
 )  # fmt: skip
+
+
+def usual(kind: str) -> Method:
+    """A kind of which nothing else is said: its defaults, and RATES, which are its base's where it wraps one."""
+    base = getattr(KINDS[kind](), "base", None)
+    return plain(kind) if base is None else around(kind, base.kind)
+
+
+METHODS = NAMED + tuple(usual(kind) for kind in KINDS if all(method.settings["kind"] != kind for method in NAMED))
 
 # Why a method falls short of a target, in a line.
 NOISE = "on digits each move brings another batch, and the difference of two batches' gradients is taken for curvature."
@@ -328,6 +338,8 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     short = []
     for method in METHODS:
+        if any(method.name not in found[problem] for problem in PROBLEMS):
+            continue  # a new one, not searched yet
         rows = [found[problem][method.name] for problem in PROBLEMS]
         cells = " | ".join(cell(row, method) for row in rows)
         lines.append(f"| {method.name} | {cells} | {rows[-1]['accuracy']:.1%} |")
@@ -339,7 +351,7 @@ def page(found: Mapping[str, Mapping[str, Any]]) -> str:
 def cell(row: Mapping[str, Any], method: Method) -> str:
     chosen = ", ".join(settings_of(row["optimizer"], method))
     if row["steps"] is None:
-        return f"— (to {row['lowest']:.0e}; {chosen})"
+        return f"— (to {row['lowest']:.1e}; {chosen})"
     steps = f"{row['steps']:,}"
     if row["most"] > SHOWN * row["steps"]:
         steps += f"–{row['most']:,}"

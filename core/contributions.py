@@ -209,7 +209,9 @@ def check_change(old: Recipe, state: State, new: Recipe) -> None:
     if _kinds(new.optimizer) != _kinds(old.optimizer):
         raise InvalidRecipe("/optimizer/kind", "the kind of a running session's optimizer cannot change")
     if new.method.family != old.method.family:
-        raise InvalidRecipe("/optimizer/kind", "the matrix form of a running session's optimizer cannot change")
+        raise InvalidRecipe(
+            _pointer_of_change(old, new), "the matrix form of a running session's optimizer cannot change"
+        )
     fixed = ("layout", "dtype", "averaging", "state_dtype", "state_seed")
     for name in fixed:
         if getattr(new, name) != getattr(old, name):
@@ -217,8 +219,29 @@ def check_change(old: Recipe, state: State, new: Recipe) -> None:
             raise InvalidRecipe(pointer, "shapes, dtype and averaging of a running session cannot change")
     if new.held_only and not old.held_only and state.params is None and state.step > 0:
         raise InvalidRecipe("/optimizer", "for this the session would have to hold the parameters, and its client does")
+    _check_meaning(old, new)
+    pointer = _pointer_of_change(old, new)
     if new.method.family == "whole" and new.method.slots != old.method.slots:
-        raise InvalidRecipe("/optimizer", "this would change how much the method remembers, which cannot change")
+        raise InvalidRecipe(pointer, "this would change how much the method remembers, which cannot change")
     for name, own in new.own.items():
         if name in old.own and old.own[name]._replace(fill=0.0) != own._replace(fill=0.0):
-            raise InvalidRecipe("/optimizer", f"this would change the shape of the state {name!r}, which cannot change")
+            raise InvalidRecipe(pointer, f"this would change the shape of the state {name!r}, which cannot change")
+
+
+def _check_meaning(old: Recipe, new: Recipe) -> None:
+    """Raises InvalidRecipe where numbers of the state would be read as something else than they were written as."""
+    for name in new.layout.names:
+        before, after = (recipe.variants[recipe.choices[name] or 0].meaning for recipe in (old, new))
+        for option in before.keys() & after.keys():
+            if before[option] != after[option]:
+                raise InvalidRecipe(
+                    "/optimizer" + "/base" * len(new.wrappers) + f"/{option}",
+                    f"the state of {name!r} was made under another {option}, which a running session cannot change",
+                )
+
+
+def _pointer_of_change(old: Recipe, new: Recipe) -> str:
+    """The first option of the method itself that is another one."""
+    at = "/optimizer" + "/base" * len(new.wrappers)
+    changed = [name for name, value in vars(new.method).items() if vars(old.method).get(name) != value]
+    return f"{at}/{changed[0]}" if changed else at

@@ -186,12 +186,26 @@ class Move:
             self._follow(u)
         wrappers = [wrapper for wrapper in reversed(self._wrappers()) if wrapper.moves]
         for wrapper in wrappers:
-            for slot, _ in self.recipe.live():
-                flat = self._flat(slot.name)
-                state = {name: self.state.slots[name][flat] for name in wrapper.adds}
-                wrapper.after(self.t, u[flat], state)
+            for piece in self.pieces:
+                self._wrap_up(wrapper, piece, u)
         if self.recipe.follows and wrappers:  # where they moved to is in the set but for rounding
             self._follow(u)
+
+    def _wrap_up(self, wrapper: Wrapper, piece: Piece, u: Array) -> None:
+        """What the wrapper makes of the update of a tensor, or of the rows of it that had a gradient."""
+        flat = self._flat(piece.name)
+        state = {name: self.state.slots[name][flat] for name in wrapper.adds}
+        if piece.rows is None:
+            wrapper.after(self.t, u[flat], state)
+            return
+        table = (piece.shape[0], -1) if piece.g.size else piece.shape
+        tables = {name: array.reshape(table) for name, array in state.items()}
+        picked = {name: array[piece.rows] for name, array in tables.items()}
+        part = u[flat].reshape(table)[piece.rows]
+        wrapper.after(self.t, part, picked)
+        u[flat].reshape(table)[piece.rows] = part
+        for name, array in tables.items():
+            array[piece.rows] = picked[name]
 
     def _follow(self, u: Array) -> None:
         """The transforms that change the parameters after the update."""
@@ -317,9 +331,10 @@ class Move:
             rule = self.recipe.variants[choice]
             assert isinstance(rule, TensorWise)
             state = {name: self.state.own[f"{piece.name}:{name}"] for name in rule.own(piece.shape)}
+            piece.g, piece.rows = whole(piece), None
             p = None if piece.p is None else piece.p.reshape(piece.shape)
             now: TensorWise = resolved(self.recipe, self.values, choice, self.t)
-            u = now.step(self.t, whole(piece).reshape(piece.shape), p, state).reshape(-1)
+            u = now.step(self.t, piece.g.reshape(piece.shape), p, state).reshape(-1)
             flat = self._flat(piece.name)
             out[flat] = piece.p + u if add and piece.p is not None else u
 
@@ -341,7 +356,9 @@ class Move:
         arrays = {name: state.slots[name][at] for name in rule.slots}
         for name, spec in specs.items():
             arrays[name] = state.own[f":{name}"][block] if spec.square else state.own[f":{name}"]
-        g = np.concatenate([whole(piece) for piece in pieces])
+        for piece in pieces:
+            piece.g, piece.rows = whole(piece), None
+        g = np.concatenate([piece.g for piece in pieces])
         p = (
             None
             if any(piece.p is None for piece in pieces)

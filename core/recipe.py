@@ -78,7 +78,7 @@ class Recipe:
                     f"{transform.kind} must come before {hiding[0]}, which would take in what it is to mend",
                 )
             if transform.holds_back and transform.kind in [other.kind for other in before if other.holds_back]:
-                raise InvalidRecipe(f"/transforms/{index}", f"there is a {transform.kind} already")
+                raise InvalidRecipe(f"/transforms/{index}", f"there is one already: {transform.kind} can be there once")
             if transform.follows and self.method.kind in OWN_WAY:
                 raise InvalidRecipe(
                     f"/transforms/{index}", f"{self.method.kind} cannot go on from parameters that were moved under it"

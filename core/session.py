@@ -95,13 +95,16 @@ class Session:
 
     def _step(self, gradient: Gradient, *, want_updates: bool, fresh: bool) -> Outcome:
         state, recipe = self.state, self.recipe
+        climbing = bool(state.own.get(":climbing", False))
         updates, moved = Move(recipe, state, self.evaluator, gradient).take(want_updates=want_updates, fresh=fresh)
         state.step += 1
         if moved:
             state.moves += 1
             if recipe.averaging is not None and state.params is not None:
                 recipe.averaging.include(state.slots["average"], state.params, state.moves)
-        if gradient.loss is not None:
+        # A loss counts where it is one at the parameters: not where SAM climbed to, nor at a trial that was not taken.
+        tried = recipe.method.family == "whole" and recipe.method.hands_out and not moved
+        if gradient.loss is not None and not climbing and not tried:
             for path, plateau in recipe.plateaus.items():
                 plateau.observe(state.own[f":plateau.{path}"], gradient.loss)
         return Outcome(state.step, updates, self.metrics() if recipe.transforms else {})

@@ -2,7 +2,7 @@
 
 Which slots a kind keeps can depend on its options (`centered`, `momentum`, `matrix`). `slots` are those of the
 defaults; `slots_at_most` and the like are found by trying the options in all combinations. What depends on a tensor's
-shape is told for a matrix of 1024 × 1024.
+shape is told for a matrix of 1024 × 768.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from core.optimizers.wrappers import Wrapper, chain
 from service.kinds import OPTIMIZERS, SCHEDULES, TRANSFORMS, json_schema
 
 BYTES: Final = {name: np.dtype(name).itemsize for name in ("float32", "float64")}
-MATRIX: Final = (1024, 1024)
+MATRIX: Final = (1024, 768)
 MOST_FORMS: Final = 4096
 ENDLESS: Final = 2**53 - 1  # a bound from there on is one only because numbers end somewhere
 
@@ -57,9 +57,19 @@ FAMILIES: Final[dict[str, Callable[[], tuple[dict[str, Any], ...]]]] = {
 }
 
 
-def listing(family: str) -> dict[str, Any]:
-    """All kinds of a family of `FAMILIES`, in the form of every list."""
-    return {"data": list(FAMILIES[family]()), "has_more": False}
+def listing(family: str, limit: int | None = None, after: str | None = None) -> dict[str, Any]:
+    """The kinds of a family of `FAMILIES`, in the form of every list; all of them if no `limit` is given.
+
+    Raises LookupError for an `after` that is none of them.
+    """
+    entries = list(FAMILIES[family]())
+    if after is not None:
+        kinds = [entry["kind"] for entry in entries]
+        if after not in kinds:
+            raise LookupError(after)
+        entries = entries[kinds.index(after) + 1 :]
+    page = entries[:limit]
+    return {"data": page, "has_more": len(page) < len(entries)}
 
 
 def entry_of(family: str, kind: str) -> dict[str, Any]:
@@ -95,6 +105,7 @@ def _optimizer(kind: str, cls: type[Optimizer]) -> dict[str, Any]:
         "slots": list(state),
         "slots_at_most": list(_state(most)[0]),
         "own": list(other),
+        "matrices": [name for name, spec in _own(usual).items() if spec.square],
         "own_at_most": sorted(set(joined.from_iterable(_state(form)[1] for form in forms))),
         "bytes_per_parameter": {dtype: _per_parameter(usual, dtype) for dtype in BYTES},
         "bytes_per_parameter_at_most": {dtype: _per_parameter(most, dtype) for dtype in BYTES},
@@ -212,4 +223,6 @@ def _choices(hint: Any, default: Any) -> list[Any]:
             found += get_args(part)
         elif part is float and default == 0:
             found.append(0.5)
+        elif part is int and default == 1:
+            found.append(2)
     return [value for index, value in enumerate(found) if value not in found[:index]]

@@ -206,8 +206,12 @@ class Sessions:
 
 
 async def _family(family: str, request: Request) -> Response:
-    _no_query(request)
-    return _json(catalogue.listing(family))
+    query = _call(request).query(("limit", "after"))
+    limit = _integer(query, "limit", MAX_PAGE, 1, MAX_PAGE)
+    try:
+        return _json(catalogue.listing(family, limit, query.get("after")))
+    except LookupError:
+        raise InvalidRequest([Fault("/query/after", f"there is no such kind among the {family}")]) from None
 
 
 async def _kind(family: str, request: Request, kind: str) -> Response:

@@ -19,7 +19,7 @@ and u what is added to the parameters.
 
 Any number may be a [schedule](schedules.md), unless it is an integer or used before the first step alone;
 [transforms](transforms.md) act on the gradient before the optimizer sees it. Bytes per parameter are those of the state
-in a float32 session, for a matrix of 1024 × 1024. How many steps each kind takes to a minimum is in
+in a float32 session, for a matrix of 1024 × 768. How many steps each kind takes to a minimum is in
 [convergence.md](convergence.md), which libraries it agrees with in [agreement.md](agreement.md).
 `ravine optimizers KIND` shows the same in a terminal, `GET /v1/optimizers/{kind}` to a program.
 """,
@@ -142,7 +142,8 @@ def _facts(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "bytes_per_parameter" in entry:
         size = entry["bytes_per_parameter"]["float32"]
         most = entry.get("bytes_per_parameter_at_most", entry["bytes_per_parameter"])["float32"]
-        yield "Bytes per parameter", f"{size}" if size == most else f"{size}, at most {most}"
+        square = " beside n × n in all" if entry.get("matrices") else ""
+        yield "Bytes per parameter", (f"{size}" if size == most else f"{size}, with other options {most}") + square
     yield from _remarks(entry)
 
 

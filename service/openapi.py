@@ -50,6 +50,10 @@ PARAMETERS: Final[dict[str, dict[str, Any]]] = {
     "Limit": _parameter(
         "query", "limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}, 20, "At most so many."
     ),
+    "CatalogueLimit": _parameter(
+        "query", "limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 100}, 100, "At most so many."
+    ),
+    "AfterKind": _parameter("query", "after", _STRING, "adam", "The last kind of the page before."),
     "AfterSession": _parameter("query", "after", _STRING, examples.OTHER_ID, "The last id of the page before."),
     "Label": _parameter(
         "query", "label", _STRING, "team:vision", "Only sessions with this label: a key, ':', a value."
@@ -240,10 +244,11 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         slots={**_NAMES, "description": "The arrays kept per parameter, by the defaults."},
         slots_at_most=_NAMES,
         own={**_NAMES, "description": "The other arrays kept: of a row, a block, or the whole, by the defaults."},
+        matrices={**_NAMES, "description": "Those of them that are n × n over all parameters."},
         own_at_most=_NAMES,
         bytes_per_parameter={
             **_BY_DTYPE,
-            "description": "The weight of the state by the session's dtype, for a matrix of 1024 × 1024; what is n × n "
+            "description": "The weight of the state by the session's dtype, for a matrix of 1024 × 768; what is n × n "
             "over all parameters is not in it.",
         },
         bytes_per_parameter_at_most=_BY_DTYPE,

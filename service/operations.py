@@ -373,7 +373,12 @@ def _families() -> tuple[Operation, ...]:
                 path=f"/v1/{family}",
                 id=f"list{name}s",
                 summary=_SUMMARIES[family],
-                answers={200: Answer("All of them.", (_json("Catalogue", f"one of the {family}", sample),))},
+                parameters=("CatalogueLimit", "AfterKind"),
+                answers={
+                    200: Answer(
+                        "All of them, unless `limit` is less.", (_json("Catalogue", f"one of the {family}", sample),)
+                    )
+                },
                 **common,  # type: ignore[arg-type]
             )
         )

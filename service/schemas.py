@@ -268,6 +268,9 @@ def _changed(old: Optimizer, given: Mapping[str, Any], at: str, faults: list[Fau
         faults.append(Fault(at + "/base", "must be an object"))
     elif base is not None:
         changes["base"] = _changed(base, wrapped, at + "/base", faults)
+    for name in sorted(rest.keys() & vars(base).keys() - vars(old).keys()) if base is not None else ():
+        faults.append(Fault(f"{at}/{name}", f"this is of what {old.kind} wraps: give it under `base`"))
+        del rest[name]
     changes |= _override((old.kind,), rest, at, faults)
     try:
         return replace(old, **changes)

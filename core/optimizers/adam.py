@@ -1,6 +1,7 @@
 """Adam and what follows from it: a mean of the gradients over the root of a mean of their squares."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -9,7 +10,7 @@ from annotated_types import Ge
 
 from core.hyperparameters import Decay, NonNegative, Rate
 from core.layout import Array
-from core.optimizers.rule import ElementWise, Formula, Scalars, epsilons
+from core.optimizers.rule import ElementWise, Formula, Scalars, epsilons, shrinkage
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Decoupled(ElementWise):
     @property
     def shrink(self) -> float:
         """The last coefficient, also of the form without parameters: a schedule may pass through 0."""
-        return self.weight_decay * (self.lr if self.decay_scaling == "lr" else 1.0)
+        return shrinkage(self)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,10 @@ class Adam(Moments):
     @property
     def masked(self) -> bool:
         return self.cautious
+
+    @property
+    def meaning(self) -> Mapping[str, object]:
+        return {"amsgrad": self.amsgrad} if self.amsgrad else {}
 
     @property
     def slots(self) -> tuple[str, ...]:
@@ -362,7 +367,7 @@ class RAdam(Decoupled, Moments):
         r"\rho_\infty = \tfrac{2}{1-\beta_2} - 1,\quad \rho_t = \rho_\infty - \tfrac{2t\beta_2^t}{1-\beta_2^t},\quad "
         r"r_t = \sqrt{\tfrac{(\rho_t-4)(\rho_t-2)\rho_\infty}{(\rho_\infty-4)(\rho_\infty-2)\rho_t}};\qquad "
         r"u = -\eta\, r_t\,\frac{\hat m \sqrt{1-\beta_2^t}}{\sqrt{v} + \varepsilon}"
-        r"\ \text{ where } \rho_t > 5,\ \text{ else } -\eta\,\hat m"
+        r"\ \text{ where } \rho_t > \text{threshold},\ \text{ else } -\eta\,\hat m"
     )
     source: ClassVar[str] = "Liu et al. 2019, On the Variance of the Adaptive Learning Rate and Beyond"
     url: ClassVar[str] = "https://arxiv.org/abs/1908.03265"

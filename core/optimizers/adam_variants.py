@@ -5,6 +5,7 @@ coefficient is the decay; the form without it leaves it alone.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -97,6 +98,10 @@ class LaProp(Decoupled):
     centered: bool = False
     centered_after: Steps = 10
     lr_in_velocity: bool = False
+
+    @property
+    def meaning(self) -> Mapping[str, object]:
+        return {"lr_in_velocity": self.lr_in_velocity}
 
     @property
     def slots(self) -> tuple[str, ...]:

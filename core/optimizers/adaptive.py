@@ -1,5 +1,6 @@
 """A rate of its own for each parameter, from the squares of its gradients."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -43,6 +44,8 @@ class Adagrad(ElementWise, Whole):
     def check(self) -> None:
         if "initial_accumulator" in schedules_of(self):
             raise InvalidRecipe("/initial_accumulator", "it is used before the first step alone: no schedule")
+        if self.matrix == "full" and self.eps_inside:
+            raise InvalidRecipe("/eps_inside", "as a full matrix eps is always inside: leave it false")
 
     @property
     def family(self) -> Family:
@@ -149,7 +152,7 @@ class RmsProp(ElementWise):
     source: ClassVar[str] = "Tieleman & Hinton 2012, Lecture 6.5; Graves 2013 (centered)"
     url: ClassVar[str] = "https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf"
     notes: ClassVar[tuple[str, ...]] = (
-        "torch: the defaults. TensorFlow, Keras: alpha 0.9, eps_inside true, lr_in_velocity true.",
+        "torch: the defaults. optax: alpha 0.9, eps_inside true, lr_in_velocity true. Keras: as optax, eps 1e-7.",
         "Some pages average g instead of g², or write the velocity where the mean square belongs. Neither is RMSProp.",
     )
 
@@ -160,6 +163,10 @@ class RmsProp(ElementWise):
     centered: bool = False
     eps_inside: bool = False
     lr_in_velocity: bool = False
+
+    @property
+    def meaning(self) -> Mapping[str, object]:
+        return {"lr_in_velocity": self.lr_in_velocity} if self.momentum != 0 else {}
 
     @property
     def slots(self) -> tuple[str, ...]:

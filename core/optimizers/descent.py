@@ -1,5 +1,6 @@
 """Gradient descent, and gradient descent with a velocity."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -66,6 +67,10 @@ class Momentum(ElementWise):
     def check(self) -> None:
         if self.nesterov is True and self.dampening != 0:
             raise InvalidRecipe("/dampening", "nesterov true is defined for dampening 0 alone")
+
+    @property
+    def meaning(self) -> Mapping[str, object]:
+        return {"lr_in_velocity": self.lr_in_velocity or self.nesterov == "lookahead"}
 
     @property
     def slots(self) -> tuple[str, ...]:

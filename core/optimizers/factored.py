@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from core.hyperparameters import Count, Decay, NonNegative, Positive, Rate
 from core.layout import Array
 from core.optimizers.layerwise import length, quotient
-from core.optimizers.rule import Own, State, TensorWise
+from core.optimizers.rule import Own, State, TensorWise, shrinkage
 
 Share = Annotated[float, Ge(0), Le(1)]
 
@@ -146,7 +146,7 @@ class Adafactor(TensorWise):
             u = m
         u = -u
         if p is not None and self.weight_decay != 0:
-            u = u - self.weight_decay * (self.lr if self.decay_scaling == "lr" else 1.0) * p
+            u = u - shrinkage(self) * p
         return np.asarray(u)
 
     def _moment(self, t: int, square: Array, state: State, eps1: float) -> Array:

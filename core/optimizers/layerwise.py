@@ -1,10 +1,11 @@
 """One rate for each tensor, from norms of the whole of it.
 
-A norm is summed in float64 (core.evaluate.norm); what is done element by element is done in the session's dtype.
+A norm is summed in float64 (core.sums); what is done element by element is done in the session's dtype.
 Where a norm is zero there is no rate to be had of it, and the tensor moves as if it were not adapted.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 from core import sums
 from core.hyperparameters import Decay, NonNegative, Rate
 from core.layout import Array
-from core.optimizers.rule import Own, State, TensorWise, epsilons
+from core.optimizers.rule import Own, State, TensorWise, epsilons, shrinkage
 
 
 def length(tensor: Array) -> float:
@@ -55,6 +56,10 @@ class Lars(TensorWise):
     denominator: Literal["sum", "whole"] = "sum"
     clip: bool = False
     lr_in_velocity: bool = True
+
+    @property
+    def meaning(self) -> Mapping[str, object]:
+        return {"lr_in_velocity": self.lr_in_velocity}
 
     @property
     def needs(self) -> frozenset[str]:
@@ -200,7 +205,7 @@ class NovoGrad(TensorWise):
         m[...] = self.beta1 * m + share * d
         u = -self.lr * m
         if p is not None and self.weight_decay != 0 and self.decoupled:
-            u = u - self.weight_decay * (self.lr if self.decay_scaling == "lr" else 1.0) * p
+            u = u - shrinkage(self) * p
         return np.asarray(u)
 
 

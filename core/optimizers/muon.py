@@ -1,6 +1,7 @@
 """Steps whose matrices are made nearly orthogonal: every direction of the momentum counts the same."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -69,6 +70,10 @@ class Muon(TensorWise):
     adam_beta2: Decay = 0.999
     adam_eps: NonNegative = 1e-8
     decay_scaling: Literal["lr", "none"] = "lr"
+
+    @property
+    def meaning(self) -> Mapping[str, object]:
+        return {"momentum_form": self.momentum_form, "orthogonalize": self.orthogonalize, "flatten": self.flatten}
 
     @property
     def needs(self) -> frozenset[str]:

@@ -163,9 +163,10 @@ class DAdaptAdam(Adapted):
 
     kind: ClassVar[str] = "dadapt_adam"
     formula: ClassVar[str] = (
-        r"\lambda = d\,\eta,\quad m \leftarrow \beta_1 m + (1-\beta_1)\lambda g,\quad "
+        r"\lambda = d\,\eta,\quad "
+        r"r \leftarrow \sqrt{\beta_2}\, r + (1-\sqrt{\beta_2})\lambda \langle g, s\rangle_{v_{t-1}^{-1/2}},\quad "
+        r"m \leftarrow \beta_1 m + (1-\beta_1)\lambda g,\quad "
         r"v \leftarrow \beta_2 v + (1-\beta_2) g^2,\quad u = -\frac{m}{\sqrt v + \varepsilon};\qquad "
-        r"r \leftarrow \sqrt{\beta_2}\, r + (1-\sqrt{\beta_2})\lambda \langle g, s\rangle_{v^{-1/2}},\quad "
         r"s \leftarrow \sqrt{\beta_2}\, s + (1-\sqrt{\beta_2})\lambda g,\quad "
         r"d \leftarrow \max\Bigl(d, \frac{r}{(1-\sqrt{\beta_2})\lVert s\rVert_1}\Bigr)"
     )

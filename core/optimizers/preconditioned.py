@@ -17,7 +17,7 @@ from annotated_types import Ge, Le
 from core.hyperparameters import Count, Decay, NonNegative, Rate
 from core.layout import Array
 from core.optimizers.layerwise import quotient
-from core.optimizers.rule import Own, State, TensorWise
+from core.optimizers.rule import Own, State, TensorWise, shrinkage
 
 END = float(np.finfo(np.float64).max)
 
@@ -95,7 +95,7 @@ class Shampoo(TensorWise):
             d = d + self.momentum * v if self.nesterov else v
         u = -self.lr * d
         if p is not None and self.weight_decay != 0:
-            u = u - self.weight_decay * (self.lr if self.decay_scaling == "lr" else 1.0) * p
+            u = u - shrinkage(self) * p
         return np.asarray(u)
 
     def _preconditioned(self, block: Array, number: int, state: State, *, due: bool) -> Array:
@@ -187,7 +187,7 @@ class Soap(TensorWise):
             return np.zeros_like(g)
         u = self._adam(count, tensor, axes, state).astype(g.dtype)
         if p is not None and self.weight_decay != 0:
-            u = u - self.weight_decay * (self.lr if self.decay_scaling == "lr" else 1.0) * (p + u)
+            u = u - shrinkage(self) * (p + u)
         self._gather(tensor, axes, state)
         if count % self.interval == 0:
             self._refresh(axes, state)

@@ -26,7 +26,8 @@ class Ftrl(ElementWise):
 
     kind: ClassVar[str] = "ftrl"
     formula: ClassVar[str] = (
-        r"\sigma = \frac{\sqrt{n + g^2} - \sqrt{n}}{\eta},\quad z \leftarrow z + g + 2 s\theta - \sigma\theta,\quad "
+        r"\sigma = \frac{\sqrt{n + g^2} - \sqrt{n}}{\eta},\quad "
+        r"z \leftarrow z + g + 2\,\text{l2\_shrinkage}\,\theta - \sigma\theta,\quad "
         r"n \leftarrow n + g^2,\quad "
         r"\theta \leftarrow -\frac{z - \mathrm{clip}(z, \pm\lambda_1)}{(\beta + \sqrt{n})/\eta + \lambda_2}"
     )

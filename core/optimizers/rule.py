@@ -86,6 +86,11 @@ class Optimizer(Adjustable, registry=KINDS):
         return replace(self, **settings)
 
     @property
+    def meaning(self) -> Mapping[str, object]:
+        """The options by which the numbers of the state are to be read; a running session cannot change them."""
+        return {}
+
+    @property
     def needs(self) -> frozenset[str]:
         """What must be there for a step: "params", "loss", "hessian", "hessian_diagonal"."""
         return frozenset()
@@ -219,6 +224,11 @@ def epsilons(eps: float, inside: bool) -> tuple[float, float]:
     return (eps, 0.0) if inside else (0.0, eps)
 
 
+def shrinkage(method: Any) -> float:
+    """What decoupled decay takes of the parameters at a step: λ, times the rate where `decay_scaling` says so."""
+    return float(method.weight_decay * (method.lr if method.decay_scaling == "lr" else 1.0))
+
+
 __all__ = [
     "KINDS",
     "Beside",
@@ -232,4 +242,5 @@ __all__ = [
     "TensorWise",
     "Whole",
     "epsilons",
+    "shrinkage",
 ]

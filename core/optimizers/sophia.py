@@ -8,7 +8,7 @@ import numpy as np
 
 from core.hyperparameters import Count, Decay, NonNegative, Positive, Rate
 from core.layout import Array
-from core.optimizers.rule import ElementWise, Formula, State
+from core.optimizers.rule import ElementWise, Formula, State, shrinkage
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Sophia(ElementWise):
     def coefficients(self, t: int) -> tuple[float, ...]:
         first = 1.0 - math.pow(self.beta1, t) if self.bias_correction else 1.0
         floor, added = (self.eps, 0.0) if self.eps_form == "max" else (0.0, self.eps)
-        shrink = self.weight_decay * (self.lr if self.decay_scaling == "lr" else 1.0)
+        shrink = shrinkage(self)
         return self.beta1, 1.0 - self.beta1, 1.0 / first, self.gamma, floor, added, 1.0, self.lr, shrink
 
 

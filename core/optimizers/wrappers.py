@@ -71,7 +71,7 @@ class Wrapper(Optimizer):
         return True
 
     def after(self, t: int, u: Array, slots: State) -> None:
-        """Changes the update of a tensor's flat stretch in place, after `base` made it in its move t."""
+        """Changes the update of a tensor, or of some rows of it, in place, after `base` made it in its move t."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Lookahead(Wrapper):
     source: ClassVar[str] = "Zhang, Lucas, Hinton & Ba 2019, Lookahead Optimizer: k steps forward, 1 step back"
     url: ClassVar[str] = "https://arxiv.org/abs/1907.08610"
     notes: ClassVar[tuple[str, ...]] = (
-        "optax.lookahead: the defaults of its paper are sync_period 6, slow_step 0.5.",
+        "optax.lookahead has no defaults. pytorch_optimizer: sync_period 5.",
         "What is kept is the way from the fast weights back to the slow ones, not a copy of the slow ones: new "
         "parameters put into the session move both.",
     )

@@ -16,7 +16,8 @@ class Plateau(Schedule):
 
     A loss has improved if it is below the best so far by the share `threshold` of it (`threshold_mode` "rel") or by
     `threshold` itself ("abs"); with `mode` "max" greater is better. For `cooldown` steps after a reduction none is
-    counted as bad. A reduction by `eps` or less is left out. Steps without a loss do not count.
+    counted as bad. A reduction by `eps` or less is left out. Every step must bring a
+    loss; it counts where it is one at the parameters, and not where `sam` or a line search only looked.
     """
 
     kind: ClassVar[str] = "plateau"

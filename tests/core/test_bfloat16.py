@@ -15,12 +15,12 @@ from core.errors import CoreError, InvalidRecipe
 from core.evaluate import Evaluator
 from core.layout import BF16, Array, Rows
 from core.moves import COMPACT_PART
-from core.optimizers import KINDS, Optimizer
+from core.optimizers import KINDS, ElementWise, Optimizer
 from core.optimizers.adam import Adam, AdamW, SparseAdam
 from core.optimizers.adaptive import Adagrad, RmsProp
 from core.optimizers.descent import Momentum, Sgd
 from core.optimizers.sophia import Sophia
-from core.optimizers.wrappers import Lookahead, Sam
+from core.optimizers.wrappers import Lookahead, Sam, Wrapper
 from core.recipe import Group
 from core.schedules import Linear
 from core.session import Session
@@ -162,19 +162,36 @@ def test_the_random_words_are_even() -> None:
 
 # Sessions
 
-COMPACT = [
+# What the classes of these say is what they are to say; others say it for themselves.
+WITH = {
     "momentum", "signum", "lion", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "sparse_adam", "adamax", "nadam",
     "radam", "laprop", "adabelief", "yogi", "adopt", "ademamix", "sophia", "fedadam", "lookahead", "sam",
-]  # fmt: skip
+}  # fmt: skip
+WITHOUT = {
+    "rprop", "adan", "asgd", "schedule_free", "ftrl", "fedadagrad", "fedyogi",  # slots that are not means
+    "sgd", "signsgd",  # no slots
+    "lamb", "adafactor", "muon", "prodigy", "newton", "lbfgs",  # not element by element
+}  # fmt: skip
 
 
 def compact(rule: Optimizer, start: Any = START, **options: Any) -> Session:
     return make(rule, start, state_dtype="bfloat16", **options)
 
 
+def has_it(rule: Optimizer) -> bool:
+    """As its class says, or that of what it wraps."""
+    if isinstance(rule, Wrapper):
+        return has_it(rule.base)
+    return isinstance(rule, ElementWise) and rule.compact and len(rule.slots) > 0
+
+
+def test_which_kinds_are_to_have_it() -> None:
+    assert {kind for kind in WITH | WITHOUT if has_it(KINDS[kind]())} == WITH
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_which_kinds_have_it(kind: str) -> None:
-    if kind in COMPACT:
+    if has_it(KINDS[kind]()):
         session = compact(KINDS[kind]())
         slots = {name for variant in session.recipe.variants for name in variant.slots}
         assert {array.dtype == BF16 for name, array in session.state.slots.items() if name in slots} == {True}
@@ -383,7 +400,7 @@ def test_a_change_of_recipe_keeps_the_slots_and_cannot_change_what_they_are() ->
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("kind", sorted(set(COMPACT) & FORMS.keys()))
+@pytest.mark.parametrize("kind", [kind for kind in FORMS if has_it(KINDS[kind]())])
 def test_no_form_of_any_kind_fails_on_what_was_checked(kind: str, dtype: str) -> None:
     start = {"w": np.ones((3, 2)), "none": np.zeros((0, 3)), "s": np.array(-0.0)}
     for rule in FORMS[kind]:

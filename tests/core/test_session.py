@@ -781,3 +781,45 @@ def test_a_trajectory_is_the_same_every_time() -> None:
     gradients = RANDOM.normal(size=(20, 50))
     first = trajectory(Adam(), [0.0] * 50, gradients, dtype="float32")
     assert_same_bits(first, trajectory(Adam(), [0.0] * 50, gradients, dtype="float32"))
+
+
+MEANINGS: list[tuple[Optimizer, Optimizer, str | None]] = [
+    (Momentum(), Momentum(nesterov="lookahead"), "/optimizer/lr_in_velocity"),
+    (Momentum(), Momentum(lr_in_velocity=True), "/optimizer/lr_in_velocity"),
+    (Momentum(), Momentum(nesterov=True), None),
+    (Momentum(lr_in_velocity=True), Momentum(nesterov="lookahead"), None),
+    (RmsProp(momentum=0.5), RmsProp(momentum=0.5, lr_in_velocity=True), "/optimizer/lr_in_velocity"),
+    (RmsProp(), RmsProp(momentum=0.5, lr_in_velocity=True), None),
+    (KINDS["laprop"](), KINDS["laprop"](lr_in_velocity=True), "/optimizer/lr_in_velocity"),
+    (KINDS["lars"](), KINDS["lars"](lr_in_velocity=False), "/optimizer/lr_in_velocity"),
+    (KINDS["muon"](), KINDS["muon"](momentum_form="heavy_ball"), "/optimizer/momentum_form"),
+    (Adam(amsgrad="raw"), Adam(amsgrad="corrected"), "/optimizer/amsgrad"),
+    (Adam(), Adam(amsgrad="corrected"), None),
+    (Adagrad(), Adagrad(matrix="full"), "/optimizer/matrix"),
+    (Lbfgs(), Lbfgs(history=5), "/optimizer/history"),
+    (KINDS["sam"](base=Momentum()), KINDS["sam"](base=Momentum(lr_in_velocity=True)), "/optimizer/base/lr_in_velocity"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "pointer"), MEANINGS, ids=lambda value: getattr(value, "kind", ""))
+def test_what_the_state_means_cannot_change(old: Optimizer, new: Optimizer, pointer: str | None) -> None:
+    """A velocity with the rate in it, read as one without it, would be a step a thousand times too long."""
+    session = make(old, START)
+    for gradients in GRADIENTS[:2]:
+        go(session, gradients)
+    before = picture(session)
+    entry = NewRecipe(replace(session.recipe, optimizer=new))
+    if pointer is None:
+        session.apply(session.check(entry))
+        return
+    with pytest.raises(InvalidRecipe) as refused:
+        session.check(entry)
+    assert refused.value.pointer == pointer
+    assert picture(session) == before
+
+
+def test_a_group_cannot_change_what_the_state_of_its_tensors_means() -> None:
+    session = make(Momentum(), START)
+    changed = replace(session.recipe, groups=(Group("b", {"lr_in_velocity": True}),))
+    with pytest.raises(InvalidRecipe):
+        session.check(NewRecipe(changed))

@@ -67,6 +67,24 @@ def test_the_catalogue(client: httpx.Client, family: str, kinds: dict[str, objec
         assert entry["schema"]["properties"]["kind"]["const"] == entry["kind"]
 
 
+@pytest.mark.parametrize(("family", "kinds"), FAMILIES.items())
+def test_the_catalogue_by_pages(client: httpx.Client, family: str, kinds: dict[str, object]) -> None:
+    seen: list[str] = []
+    more = True
+    while more:
+        after = f"&after={seen[-1]}" if seen else ""
+        page = client.get(f"/v1/{family}?limit=7{after}").json()
+        assert len(page["data"]) == (7 if page["has_more"] else len(kinds) - len(seen))
+        seen += [entry["kind"] for entry in page["data"]]
+        more = page["has_more"]
+    assert seen == list(kinds)
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "after=nobody"])
+def test_a_page_of_the_catalogue_that_cannot_be(client: httpx.Client, query: str) -> None:
+    refused(client.get(f"/v1/optimizers?{query}"), 422, "invalid-request")
+
+
 MISSING = {
     "params": "params-required",
     "loss": "loss-required",
