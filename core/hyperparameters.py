@@ -72,6 +72,13 @@ def schedules_of(settings: object) -> dict[str, Schedule]:
     return {name: value for name, value in vars(settings).items() if isinstance(value, Schedule)}
 
 
+def refuse_schedules(settings: object, *names: str) -> None:
+    """Raises InvalidRecipe for a schedule in what is used before the first step alone."""
+    for name in names:
+        if isinstance(vars(settings)[name], Schedule):
+            raise InvalidRecipe(f"/{name}", "it is used before the first step alone: no schedule")
+
+
 def check_bounds(settings: Any) -> None:
     """Raises InvalidRecipe where a number, or what a schedule runs through, is out of its bounds."""
     for name, (base, bounds) in numeric_fields(type(settings)).items():

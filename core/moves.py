@@ -7,6 +7,7 @@ gradient that was checked.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,11 @@ def resolved(recipe: Recipe, values: Mapping[str, float], variant: int, t: int) 
 def wrappers_at(recipe: Recipe, values: Mapping[str, float], t: int) -> list[Wrapper]:
     """The wrappers, outermost first, with the values that their schedules have at step t."""
     return [wrapper.at(t, _below(values, "base." * depth)) for depth, wrapper in enumerate(recipe.wrappers)]
+
+
+def own_of(state: State, name: str, transform: Transform) -> dict[str, Array]:
+    """What the state has of a transform, called `name` there, beside its slots."""
+    return {key: state.own[f":{name}.{key}"] for key in transform.own()}
 
 
 def _below(values: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -135,24 +141,24 @@ class Move:
 
     def _transform(self) -> bool:
         state = self.state
-        for name, transform in zip(self.recipe.transform_names, self._transforms(), strict=True):
-            own = {key: state.own[f":{name}.{key}"] for key in transform.own()}
+        for name, transform in zip(self.recipe.transform_names, self._transforms, strict=True):
             for piece in self.pieces:
                 if piece.rows is not None and not transform.keeps_rows:
                     piece.g, piece.rows = whole(piece), None
                 flat = self._flat(piece.name)
                 piece.slots = {slot: state.slots[f"{name}.{slot}"][flat] for slot in transform.slots}
-            if not transform.change(state.step + 1, self.pieces, own):
+            if not transform.change(state.step + 1, self.pieces, own_of(state, name, transform)):
                 return False
         return True
 
+    @cached_property
     def _transforms(self) -> list[Transform]:
         """In their order, at this step."""
         transforms = enumerate(self.recipe.transforms)
         return [transform.at(self.t, _below(self.values, f"transforms.{i}.")) for i, transform in transforms]
 
     def _before(self) -> bool:
-        for wrapper in self._wrappers():
+        for wrapper in self._wrappers:
             if not wrapper.holds_back:
                 continue
             slots = []
@@ -167,6 +173,7 @@ class Move:
                 return False
         return True
 
+    @cached_property
     def _wrappers(self) -> list[Wrapper]:
         """Outermost first, at this step."""
         return wrappers_at(self.recipe, self.values, self.t)
@@ -184,7 +191,7 @@ class Move:
     def _after(self, u: Array) -> None:
         if self.recipe.follows:
             self._follow(u)
-        wrappers = [wrapper for wrapper in reversed(self._wrappers()) if wrapper.moves]
+        wrappers = [wrapper for wrapper in reversed(self._wrappers) if wrapper.moves]
         for wrapper in wrappers:
             for piece in self.pieces:
                 self._wrap_up(wrapper, piece, u)
@@ -209,7 +216,7 @@ class Move:
 
     def _follow(self, u: Array) -> None:
         """The transforms that change the parameters after the update."""
-        followers = [transform for transform in self._transforms() if transform.follows]
+        followers = [transform for transform in self._transforms if transform.follows]
         self.placed = []
         for piece in self.pieces:
             if piece.p is None:

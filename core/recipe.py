@@ -3,7 +3,7 @@
 A recipe holds no arrays; it says which there are. `describe` turns it into plain JSON values, every default filled in.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -140,15 +140,10 @@ class Recipe:
                 chosen = None if group.frozen else index + 1
         return chosen
 
-    def live(self, names: Sequence[str] | None = None) -> list[tuple[Slot, int]]:
-        """The tensors that move, of those named, in layout order, each with the index of its variant."""
-        wanted = None if names is None else set(names)
-        found = []
-        for slot in self.layout:
-            choice = self.choices[slot.name]
-            if choice is not None and (wanted is None or slot.name in wanted):
-                found.append((slot, choice))
-        return found
+    def live(self) -> list[tuple[Slot, int]]:
+        """The tensors that move, in layout order, each with the index of its variant."""
+        choices = ((slot, self.choices[slot.name]) for slot in self.layout)
+        return [(slot, choice) for slot, choice in choices if choice is not None]
 
     # What a step must bring
 
@@ -179,12 +174,12 @@ class Recipe:
         held = any(transform.holds_back for transform in self.transforms) or any(w.holds_back for w in self.wrappers)
         return waits or held or bool(self.plateaus) or "hessian_diagonal" in self.needs
 
-    @property
+    @cached_property
     def follows(self) -> bool:
         """Whether a transform changes the parameters after the update."""
         return any(transform.follows for transform in self.transforms)
 
-    @property
+    @cached_property
     def mends(self) -> tuple[bool, bool]:
         """Whether a transform makes something of (NaN, infinity) in a gradient."""
         return any(t.mends_nan for t in self.transforms), any(t.mends_infinity for t in self.transforms)

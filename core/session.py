@@ -7,7 +7,7 @@ The parameters of a state are never changed in place unless the caller says that
 (`fresh=False`): a step writes a new array, so whoever still sends the old one sends one whole step.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from core.contributions import (
 from core.errors import ParamsNotHeld
 from core.evaluate import Evaluator
 from core.layout import BF16, Array, Layout, Slot
-from core.moves import Move, optimizer_at, plateau_values, resolved, wrappers_at
+from core.moves import Move, optimizer_at, own_of, plateau_values, resolved, wrappers_at
 from core.optimizers import Optimizer
 from core.recipe import Recipe, pointer_of
 from core.state import State, carried, initial_own, initial_slots
@@ -121,7 +121,7 @@ class Session:
         point, t = held.copy(), self.state.moves + 1
         values = plateau_values(recipe, self.state)
         wrappers = wrappers_at(recipe, values, t)[::-1]
-        for slot, variant in self._stretches():
+        for slot, variant in self.recipe.live():
             flat = slice(slot.start, slot.stop)
             state = self._state_of(slot)
             point[flat] = resolved(recipe, values, variant, t).point(t, point[flat], state)
@@ -142,7 +142,7 @@ class Session:
         point = held.copy()
         values = plateau_values(self.recipe, state)
         wrappers = wrappers_at(self.recipe, values, max(state.moves, 1))[::-1]
-        for slot, variant in self._stretches():
+        for slot, variant in self.recipe.live():
             flat = slice(slot.start, slot.stop)
             method = resolved(self.recipe, values, variant, max(state.moves, 1))
             remembered = self._state_of(slot)
@@ -155,9 +155,6 @@ class Session:
         if self.state.params is None:
             raise ParamsNotHeld("this session's client holds the parameters")
         return self.state.params
-
-    def _stretches(self) -> Iterator[tuple[Slot, int]]:
-        yield from self.recipe.live()
 
     def _state_of(self, slot: Slot) -> dict[str, Array]:
         """All that is remembered of a tensor, and of all of them, by its short name."""
@@ -180,8 +177,7 @@ class Session:
         """What the transforms have to tell the client for its next gradient."""
         found: dict[str, Any] = {}
         for name, transform in zip(self.recipe.transform_names, self.recipe.transforms, strict=True):
-            own = {key: self.state.own[f":{name}.{key}"] for key in transform.own()}
-            found |= transform.metrics(own)
+            found |= transform.metrics(own_of(self.state, name, transform))
         return found
 
     def preview(self, steps: int) -> dict[str, list[float]]:

@@ -12,8 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from annotated_types import Ge
 
-from core.errors import InvalidRecipe
-from core.hyperparameters import Decay, NonNegative, Rate, schedules_of
+from core.hyperparameters import Decay, NonNegative, Rate, refuse_schedules
 from core.layout import Array
 from core.optimizers.adam import Decoupled
 from core.optimizers.rule import Formula, Scalars
@@ -256,9 +255,7 @@ class Yogi(Decoupled):
     bias_correction: bool = True
 
     def check(self) -> None:
-        for name in ("initial_accumulator", "initial_momentum"):
-            if name in schedules_of(self):
-                raise InvalidRecipe(f"/{name}", "it is used before the first step alone: no schedule")
+        refuse_schedules(self, "initial_accumulator", "initial_momentum")
 
     @property
     def slots(self) -> tuple[str, ...]:

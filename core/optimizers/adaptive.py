@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from core.errors import InvalidRecipe
-from core.hyperparameters import Decay, NonNegative, Rate, schedules_of
+from core.hyperparameters import Decay, NonNegative, Rate, refuse_schedules
 from core.layout import Array
 from core.optimizers.rule import Beside, ElementWise, Family, Formula, Own, State, Whole, epsilons
 
@@ -42,8 +42,7 @@ class Adagrad(ElementWise, Whole):
     matrix: Literal["diagonal", "full"] = "diagonal"
 
     def check(self) -> None:
-        if "initial_accumulator" in schedules_of(self):
-            raise InvalidRecipe("/initial_accumulator", "it is used before the first step alone: no schedule")
+        refuse_schedules(self, "initial_accumulator")
         if self.matrix == "full" and self.eps_inside:
             raise InvalidRecipe("/eps_inside", "as a full matrix eps is always inside: leave it false")
 

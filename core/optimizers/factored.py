@@ -9,8 +9,8 @@ from annotated_types import Ge, Le
 
 from core.hyperparameters import Count, Decay, NonNegative, Positive, Rate
 from core.layout import Array
-from core.optimizers.layerwise import length, quotient
-from core.optimizers.rule import Own, State, TensorWise, shrinkage
+from core.optimizers.layerwise import length
+from core.optimizers.rule import Own, State, TensorWise, quotient, shrinkage
 
 Share = Annotated[float, Ge(0), Le(1)]
 

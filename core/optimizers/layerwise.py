@@ -14,7 +14,7 @@ import numpy as np
 from core import sums
 from core.hyperparameters import Decay, NonNegative, Rate
 from core.layout import Array
-from core.optimizers.rule import Own, State, TensorWise, epsilons, shrinkage
+from core.optimizers.rule import Own, State, TensorWise, epsilons, quotient, shrinkage
 
 
 def length(tensor: Array) -> float:
@@ -207,8 +207,3 @@ class NovoGrad(TensorWise):
         if p is not None and self.weight_decay != 0 and self.decoupled:
             u = u - shrinkage(self) * p
         return np.asarray(u)
-
-
-def quotient(a: Array, b: Array) -> Array:
-    """a / b, and 0 where b is: what no gradient has moved, or one whose square is too small for the dtype, stays."""
-    return np.divide(a, b, out=np.zeros_like(a), where=b != 0)

@@ -10,8 +10,8 @@ from annotated_types import Ge, Lt
 
 from core.hyperparameters import Decay, NonNegative, Positive, Rate
 from core.layout import Array
-from core.optimizers.layerwise import length, quotient
-from core.optimizers.rule import Own, State, TensorWise
+from core.optimizers.layerwise import length
+from core.optimizers.rule import Own, State, TensorWise, quotient
 
 
 class NewtonSchulz(NamedTuple):

@@ -13,10 +13,10 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from annotated_types import Ge
 
-from core.errors import InvalidRecipe, LossRequired
-from core.hyperparameters import Decay, NonNegative, Positive, Rate, schedules_of
+from core.errors import LossRequired
+from core.hyperparameters import Decay, NonNegative, Positive, Rate, refuse_schedules
 from core.layout import Array
-from core.optimizers.rule import Beside, Own, State, Whole
+from core.optimizers.rule import Beside, Own, State, Whole, quotient
 from core.sums import dot, magnitude
 
 # As large as to be no limit, and a number that JSON has.
@@ -186,13 +186,13 @@ class DAdaptAdam(Adapted):
         root, rates = math.sqrt(self.beta2), self.rates(t, float(state["d"]), beside.lr)
         exact = g.astype(np.float64)
         scaled = rates * exact
-        gained = dot(scaled, over(s, np.sqrt(v.astype(np.float64)) + self.eps))
+        gained = dot(scaled, quotient(s, np.sqrt(v.astype(np.float64)) + self.eps))
         m[...] = self.beta1 * m + (1.0 - self.beta1) * scaled
         v[...] = self.beta2 * v + (1.0 - self.beta2) * (exact * exact)
         s[...] = root * s + (1.0 - root) * scaled
         state["numerator"][...] = root * state["numerator"] + (1.0 - root) * gained
         self._estimate(float(state["numerator"]), (1.0 - root) * magnitude(s), state["d"], beside.lr)
-        return self.decayed(-over(m, np.sqrt(v.astype(np.float64)) + self.eps), rates, p)
+        return self.decayed(-quotient(m, np.sqrt(v.astype(np.float64)) + self.eps), rates, p)
 
     def _estimate(self, numerator: float, divisor: float, d: Array, lr: Array) -> None:
         if divisor > 0.0 and np.any(lr > 0.0):
@@ -242,7 +242,7 @@ class Prodigy(Adapted):
         s[...] = memory * s + weight * (d if self.safeguard_warmup else rates) * exact
         state["numerator"][...] = memory * state["numerator"] - weight * dot(rates * exact, moved)
         self._estimate(float(state["numerator"]), magnitude(s), state, beside.lr)
-        shape = over(m, np.sqrt(v.astype(np.float64)) + float(state["d"]) * self.eps)
+        shape = quotient(m, np.sqrt(v.astype(np.float64)) + float(state["d"]) * self.eps)
         update = self.decayed(-rates * shape, rates, p).astype(g.dtype)
         moved += update
         return update
@@ -256,15 +256,3 @@ class Prodigy(Adapted):
             d[...] = max(float(d), found)
         largest[...] = max(float(largest), found)
         d[...] = min(float(largest), float(d) * self.growth_rate)
-
-
-def over(a: Array, b: Array) -> Array:
-    """a / b, and 0 where b is 0: what has had no gradient yet has no direction."""
-    return np.divide(a, b, out=np.zeros(a.shape), where=b != 0.0)
-
-
-def refuse_schedules(method: Dog | Adapted, *names: str) -> None:
-    """Raises InvalidRecipe for a schedule in what is used before the first step alone."""
-    for name in names:
-        if name in schedules_of(method):
-            raise InvalidRecipe(f"/{name}", "it is used before the first step alone: no schedule")

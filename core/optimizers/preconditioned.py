@@ -16,8 +16,7 @@ from annotated_types import Ge, Le
 
 from core.hyperparameters import Count, Decay, NonNegative, Rate
 from core.layout import Array
-from core.optimizers.layerwise import quotient
-from core.optimizers.rule import Own, State, TensorWise, shrinkage
+from core.optimizers.rule import Own, State, TensorWise, quotient, shrinkage
 
 END = float(np.finfo(np.float64).max)
 

@@ -5,8 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from core.errors import InvalidRecipe
-from core.hyperparameters import NonNegative, Positive, schedules_of
+from core.hyperparameters import NonNegative, Positive, refuse_schedules
 from core.layout import Array
 from core.optimizers.rule import ElementWise, Formula
 
@@ -49,8 +48,7 @@ class Ftrl(ElementWise):
     initial_accumulator: NonNegative = 0.0
 
     def check(self) -> None:
-        if "initial_accumulator" in schedules_of(self):
-            raise InvalidRecipe("/initial_accumulator", "it is used before the first step alone: no schedule")
+        refuse_schedules(self, "initial_accumulator")
 
     @property
     def needs(self) -> frozenset[str]:

@@ -229,6 +229,11 @@ def shrinkage(method: Any) -> float:
     return float(method.weight_decay * (method.lr if method.decay_scaling == "lr" else 1.0))
 
 
+def quotient(a: Array, b: Array) -> Array:
+    """a / b, and 0 where b is: what no gradient has moved, or one whose square is too small for the dtype, stays."""
+    return np.divide(a, b, out=np.zeros(np.shape(a), np.result_type(a, b)), where=b != 0)
+
+
 __all__ = [
     "KINDS",
     "Beside",
@@ -242,5 +247,6 @@ __all__ = [
     "TensorWise",
     "Whole",
     "epsilons",
+    "quotient",
     "shrinkage",
 ]

@@ -11,7 +11,7 @@ import numpy as np
 from annotated_types import Gt, Lt
 
 from core.errors import InvalidRecipe
-from core.hyperparameters import Decay, NonNegative, Positive, Rate, schedules_of
+from core.hyperparameters import Decay, NonNegative, Positive, Rate, refuse_schedules, schedules_of
 from core.layout import Array
 from core.optimizers.adam import Decoupled
 from core.optimizers.rule import ElementWise, Formula
@@ -154,8 +154,7 @@ class Rprop(ElementWise):
     max_step: Positive = 50.0
 
     def check(self) -> None:
-        if "lr" in schedules_of(self):
-            raise InvalidRecipe("/lr", "it is used before the first step alone: no schedule")
+        refuse_schedules(self, "lr")
         if not schedules_of(self).keys() & {"min_step", "max_step"} and self.min_step > self.max_step:
             raise InvalidRecipe("/min_step", f"it must be at most max_step, which is {self.max_step:g}")
 
