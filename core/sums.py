@@ -16,8 +16,11 @@ LEAST = 1e-140
 
 def norm(arrays: Sequence[Array]) -> float:
     """The L2 norm over all `arrays`, flat; NaN or infinite where an element, or the sum of the squares, is."""
+    found = 0.0
     with np.errstate(all="ignore"):
-        return float(np.sqrt(sum((_sum(array, _square) for array in arrays), 0.0)))
+        for array in arrays:  # not by `sum`, which from Python 3.12 on rounds otherwise
+            found += _sum(array, _square)
+        return float(np.sqrt(found))
 
 
 def length(arrays: Sequence[Array]) -> float:

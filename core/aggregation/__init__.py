@@ -1,0 +1,1 @@
+"""Many contributions, one step: what is reduced, when, and from whom."""
