@@ -2,36 +2,71 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from core.aggregation.ledger import Sender
+from core.compression import Places
 from core.errors import (
     HessianRequired,
     InvalidRecipe,
     LossRequired,
     MissingGradient,
     NonFinite,
+    NotReducible,
     ParamsHeld,
     ParamsRequired,
     ShapeMismatch,
 )
-from core.layout import Array, Rows, Slot, cast, check_rows, merge_rows
+from core.layout import Array, Rows, Sent, Slot, cast, check_rows, merge_rows, spread
 from core.recipe import Recipe
 from core.state import State
 from core.sums import norm
 
+Payload: TypeAlias = Literal["gradients", "deltas", "params"]
+
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """A gradient: tensors by name, in any dtype that can be cast; and what some methods need beside it."""
+    """A gradient: tensors by name, in any dtype that can be cast; and what some methods need beside it.
 
-    gradients: Mapping[str, Array | Rows]
+    `payload` says what the tensors are: gradients; the sender's parameters minus those it started from; or its
+    parameters. `base_step` is the step of the parameters that it started from, `weight` how much it counts, `at` the
+    time in seconds (Unix) at which it was taken in. `pulls`: its sender is given the parameters that come of it.
+    """
+
+    gradients: Mapping[str, Sent]
     params: Mapping[str, Array] | None = None
     hessian: Array | None = None
     hessian_diagonal: Mapping[str, Array] | None = None
     loss: float | None = None
     partial: bool = False
+    payload: Payload = "gradients"
+    worker: str | None = None
+    base_step: int | None = None
+    weight: float = 1.0
+    at: float = 0.0
+    pulls: bool = False
+
+    @property
+    def sender(self) -> Sender:
+        return Sender(self.worker, self.base_step, float(self.weight), self.at, self.pulls)
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """The open round, which is to be this one, is closed: what came so far becomes a step."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """`worker` was given the parameters as they stand, at the time `at` in seconds (Unix)."""
+
+    worker: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +83,7 @@ class NewRecipe:
     recipe: Recipe
 
 
-Entry: TypeAlias = Contribution | NewParams | NewRecipe
+Entry: TypeAlias = Contribution | Closing | Pull | NewParams | NewRecipe
 
 
 @dataclass(slots=True)
@@ -62,6 +97,9 @@ class Gradient:
     diagonal: Mapping[str, Array]  # of the Hessian, flat
     loss: float | None
     norm: float
+    sender: Sender | None = None  # None: whoever sent it makes no difference
+    coefficient: float = 1.0  # what it is yet to be multiplied by, on its way into a round
+    raw: "Gradient | None" = None  # as it was before a delay was compensated, where that is remembered
 
 
 @dataclass(slots=True)
@@ -71,11 +109,22 @@ class FlatParams:
     params: Array
 
 
-Checked: TypeAlias = Gradient | FlatParams | NewRecipe
+@dataclass(slots=True)
+class Reduced:
+    """A closing that was checked: what the round comes to. `gradient` None: it is worked out in the round's arrays."""
+
+    norm: float
+    loss: float | None
+    gradient: Gradient | None
 
 
-def checked_gradient(recipe: Recipe, state: State, entry: Contribution) -> Gradient:
-    """Raises a CoreError where `entry` cannot be applied to `state`."""
+Checked: TypeAlias = Gradient | Reduced | Pull | FlatParams | NewRecipe
+
+
+def checked_gradient(recipe: Recipe, state: State, entry: Contribution, point: Array | None = None) -> Gradient:
+    """Raises a CoreError where `entry` cannot be applied to `state`. `point` (n,) is what a worker's parameters are
+    compared with, where the entry brings those.
+    """
     dense: list[tuple[Slot, Array]] = []
     rows: list[tuple[Slot, Rows]] = []
     for name, array in entry.gradients.items():
@@ -83,6 +132,9 @@ def checked_gradient(recipe: Recipe, state: State, entry: Contribution) -> Gradi
             slot = recipe.layout.find(name)
             check_rows(slot, array)
             rows.append((slot, merge_rows(array, recipe.numpy_dtype)))
+        elif isinstance(array, Places):
+            slot = recipe.layout.find(name)
+            dense.append((slot, spread(slot, array, recipe.numpy_dtype)))
         else:
             dense.append((recipe.layout.fit(name, array), cast(array, recipe.numpy_dtype).reshape(-1)))
     _check_complete(recipe, entry)
@@ -90,6 +142,11 @@ def checked_gradient(recipe: Recipe, state: State, entry: Contribution) -> Gradi
     rows.sort(key=_start)
     if entry.loss is None and "loss" in recipe.needs:
         raise LossRequired("this session's method looks at the loss: send it with the gradient, as `loss`")
+    if entry.payload == "params" and point is not None:
+        if rows or any(isinstance(array, Places) for array in entry.gradients.values()):
+            raise NotReducible("a worker's parameters are whole tensors; rows and places are for gradients and deltas")
+        with np.errstate(all="ignore"):
+            dense = [(slot, point[slot.start : slot.stop] - array) for slot, array in dense]
     params = _checked_params(recipe, state, entry)
     hessian = _checked_hessian(recipe, entry)
     diagonal = _checked_diagonal(recipe, state, entry)
@@ -116,12 +173,12 @@ def _checked_params(recipe: Recipe, state: State, entry: Contribution) -> Mappin
             raise ParamsHeld("this session holds the parameters itself: leave `params` out, or PUT them")
         return None
     if recipe.held_only:
-        raise ParamsRequired(
-            "averaging works on the parameters: give them to the session first, at step 0"
-            if recipe.averaging is not None
-            else f"{recipe.optimizer.kind} hands out the points at which gradients are taken: give the parameters to "
-            "the session first, at step 0"
-        )
+        reason = f"{recipe.optimizer.kind} hands out the points at which gradients are taken"
+        if recipe.averaging is not None:
+            reason = "averaging works on the parameters"
+        elif recipe.aggregation.delay_compensation is not None:
+            reason = "a delay is compensated by how the parameters moved meanwhile"
+        raise ParamsRequired(f"{reason}: give the parameters to the session first, at step 0")
     if "params" not in recipe.needs:
         return None
     if entry.params is None:
@@ -212,11 +269,11 @@ def check_change(old: Recipe, state: State, new: Recipe) -> None:
         raise InvalidRecipe(
             _pointer_of_change(old, new), "the matrix form of a running session's optimizer cannot change"
         )
-    fixed = ("layout", "dtype", "averaging", "state_dtype", "state_seed")
+    fixed = ("layout", "dtype", "averaging", "state_dtype", "state_seed", "aggregation")
     for name in fixed:
         if getattr(new, name) != getattr(old, name):
             pointer = "/shapes" if name == "layout" else f"/{name}"
-            raise InvalidRecipe(pointer, "shapes, dtype and averaging of a running session cannot change")
+            raise InvalidRecipe(pointer, "shapes, dtype, averaging and aggregation of a running session cannot change")
     if new.held_only and not old.held_only and state.params is None and state.step > 0:
         raise InvalidRecipe("/optimizer", "for this the session would have to hold the parameters, and its client does")
     _check_meaning(old, new)

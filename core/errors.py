@@ -8,11 +8,21 @@
     ├── ParamsNotHeld       the session's client holds the parameters
     ├── HessianRequired     the method needs the Hessian, or its diagonal
     ├── LossRequired        the method, or a schedule, needs the loss
+    ├── WorkerRequired      the aggregation goes by the worker, and the contribution does not name it
+    ├── BaseStepRequired    the aggregation goes by the age of contributions, and this one has no base_step
+    ├── BaseStepAhead       base_step is a step that the session has not reached (step)
+    ├── StaleGradient       older than the aggregation allows (step, staleness, limit)
+    ├── NotPulled           a delay is to be compensated, and the worker pulled other parameters last (step)
+    ├── AlreadyContributed  the worker's contribution to this round is there (round, worker)
+    ├── TooFarAhead         the worker has to wait for the slowest (clock, slowest, bound, step)
+    ├── NotReducible        the aggregation cannot take in a contribution of this form
+    ├── RoundOpen           the round cannot be closed: it is not this one, or too few have contributed
     └── TensorError         an array that does not fit (tensor)
         ├── UnknownTensor
         ├── MissingGradient
         ├── NonFinite
         ├── RowsMismatch    row-sparse indices that do not fit (reason)
+        ├── PositionsMismatch  positions of single elements that do not fit (reason)
         └── ShapeMismatch   (expected, received)
 
 No status codes here: what a client is told is a matter of the service.
@@ -58,6 +68,65 @@ class LossRequired(CoreError):
     """A line search, or a schedule that looks at the loss, got a step without one."""
 
 
+class WorkerRequired(CoreError):
+    """Who sent a contribution decides what becomes of it, and it does not say."""
+
+
+class BaseStepRequired(CoreError):
+    """The age of a contribution decides what becomes of it, and it does not say."""
+
+
+class BaseStepAhead(CoreError):
+    def __init__(self, base_step: int, step: int) -> None:
+        super().__init__(f"base_step {base_step} is yet to come: the session stands at step {step}")
+        self.step = step
+
+
+class StaleGradient(CoreError):
+    def __init__(self, step: int, staleness: int, limit: int) -> None:
+        super().__init__(
+            f"the contribution is {staleness} steps old, and at most {limit} are allowed: pull step {step}"
+        )
+        self.step = step
+        self.staleness = staleness
+        self.limit = limit
+
+
+class NotPulled(CoreError):
+    def __init__(self, worker: str, pulled: int, base_step: int) -> None:
+        super().__init__(
+            f"the parameters that worker {worker!r} pulled last are of step {pulled}, not {base_step}: "
+            "it must name itself when it pulls"
+        )
+        self.step = pulled
+
+
+class AlreadyContributed(CoreError):
+    def __init__(self, round_: int, worker: str) -> None:
+        super().__init__(f"worker {worker!r} has contributed to round {round_}: wait for the next one")
+        self.round = round_
+        self.worker = worker
+
+
+class TooFarAhead(CoreError):
+    def __init__(self, worker: str, clock: int, slowest: int, bound: int, step: int) -> None:
+        super().__init__(
+            f"worker {worker!r} is at clock {clock}, and the slowest at {slowest}: at most {bound} ahead is allowed"
+        )
+        self.clock = clock
+        self.slowest = slowest
+        self.bound = bound
+        self.step = step
+
+
+class NotReducible(CoreError):
+    """A form of contribution that the session's reducer, or its noise, has no meaning for."""
+
+
+class RoundOpen(CoreError):
+    """There is nothing to close: the round is another one by now, or waits for contributions."""
+
+
 class TensorError(CoreError):
     """Something is wrong with the tensor named `tensor`."""
 
@@ -84,6 +153,10 @@ class NonFinite(TensorError):
 
 class RowsMismatch(TensorError):
     """Row-sparse `indices` that are not row numbers of the tensor."""
+
+
+class PositionsMismatch(TensorError):
+    """`positions` at which the tensor has no elements."""
 
 
 class ShapeMismatch(TensorError):

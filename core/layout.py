@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from core.compression import Numbers, Places, Quantized, check_places, dequantize
 from core.errors import InvalidRecipe, RowsMismatch, ShapeMismatch, UnknownTensor
 
 Array: TypeAlias = NDArray[Any]
@@ -26,10 +27,17 @@ MAX_SIZE = 2**48
 
 
 class Rows(NamedTuple):
-    """A row-sparse tensor: `values[i]` belongs to row `indices[i]`; rows named twice are summed."""
+    """A row-sparse tensor: `values[i]` belongs to row `indices[i]`; rows named twice are summed.
+
+    `values` is an array, or as it is sent Quantized.
+    """
 
     indices: Array
-    values: Array
+    values: Any
+
+
+# A tensor as it is sent.
+Sent: TypeAlias = Numbers | Rows | Places
 
 
 class Slot(NamedTuple):
@@ -89,7 +97,7 @@ class Layout:
         """Each tensor of `flat`, in its shape, without a copy."""
         return {slot.name: flat[slot.start : slot.stop].reshape(slot.shape) for slot in self}
 
-    def fit(self, name: str, array: Array) -> Slot:
+    def fit(self, name: str, array: Numbers) -> Slot:
         """The slot that `array` fills. Raises UnknownTensor, ShapeMismatch."""
         slot = self.find(name)
         if array.shape != slot.shape:
@@ -114,8 +122,10 @@ def escape(member: str) -> str:
     return member.replace("~", "~0").replace("/", "~1")
 
 
-def cast(array: Array, dtype: np.dtype[Any]) -> Array:
+def cast(array: Numbers, dtype: np.dtype[Any]) -> Array:
     """`array` as an aligned, contiguous array of `dtype`; itself where it is one already."""
+    if isinstance(array, Quantized):
+        return dequantize(array, dtype)
     if array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned:
         return array
     if array.dtype == BF16:
@@ -151,3 +161,16 @@ def merge_rows(rows: Rows, dtype: np.dtype[Any]) -> Rows:
     with np.errstate(over="ignore", invalid="ignore"):
         np.add.at(summed, positions, values)
         return Rows(indices, summed.astype(dtype))
+
+
+def spread(slot: Slot, places: Places, dtype: np.dtype[Any]) -> Array:
+    """The flat tensor that is zero but in `places`. Raises PositionsMismatch, ShapeMismatch.
+
+    Each value is cast before it is added to others of the same place, as in `merge_rows`.
+    """
+    size = slot.stop - slot.start
+    check_places(slot.name, size, places)
+    merged = merge_rows(Rows(places.positions, places.values), dtype)
+    flat = np.zeros(size, dtype)
+    flat[merged.indices] = merged.values
+    return flat

@@ -1,16 +1,14 @@
 """What a client sends with a step, read from either format.
 
-JSON has one object, whose members are those of `JSON_MEMBERS`. A tensor in it is a number, nested lists, or
-row-sparse: `{"indices": [4, 17], "values": [[…], […]]}`.
+JSON has one object, whose members are those of `JSON_MEMBERS`; one of `PAYLOADS` holds what is contributed. A tensor in
+it is a number, nested lists, or one of
+
+    {"indices": [4, 17], "values": [[…], […]]}        row-sparse
+    {"positions": [40, 171], "values": [0.5, -2]}     top-k: places in the flat, row-major tensor
+    {"values": [[5, -127], [0, 3]], "scale": 0.01}    quantized, which the values of the other two may be as well
 
 safetensors holds tensors alone, so the other members are query parameters (`QUERY_MEMBERS`), and a tensor's name
-says what it is, ':' being reserved in the names of sessions' tensors:
-
-    w                       the gradient of w
-    w:indices, w:values     the same, row-sparse: row numbers in I64, and the rows
-    w:params                the value of w, where the client holds the parameters
-    w:hessian_diagonal      the diagonal of the Hessian, for w
-    :hessian                the Hessian
+says what it is, ':' being reserved in the names of sessions' tensors: `service.tensors` has them all.
 
 The metadata of such a file is not looked at. The arrays are views of the body wherever they can be. Which tensors
 there must be, and of which shapes, is known to the session alone and checked there.
@@ -19,12 +17,13 @@ there must be, and of which shapes, is known to the session alone and checked th
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final, NoReturn, TypeGuard
+from typing import Any, Final, NoReturn, TypeGuard, get_args
 
 import numpy as np
 
-from core.contributions import Contribution
-from core.layout import Array, Rows
+from core.compression import Numbers, Places, Quantized
+from core.contributions import Contribution, Payload
+from core.layout import Array, Rows, Sent
 from service.errors import Fault, InvalidRequest
 from service.http import is_worker
 from service.tensors import check_floats, of_tensors
@@ -32,8 +31,12 @@ from service.wire import json, safetensors
 from service.wire.inflate import Body
 from service.wire.json import MAX_INTEGER, MAX_NESTING, pointer
 
+WORKER: Final = "must be 1 to 64 of the characters A-Z, a-z, 0-9, '.', '_' and '-'"
+MAX_WEIGHT: Final = 1e12  # weights are multiplied with gradients, in the session's dtype
 _MAX_FAULTS: Final = 64
-_ROWS: Final = np.dtype("<i8")
+_INTEGERS: Final = np.dtype("<i8")
+_INT8: Final = np.iinfo(np.int8)
+PAYLOADS: Final[tuple[Payload, ...]] = get_args(Payload)
 
 
 # -- members that are no tensors: each with what is wrong with a value, or None --------------------------------
@@ -57,7 +60,8 @@ def _loss(value: object) -> str | None:
 
 
 def _weight(value: object) -> str | None:
-    return None if _is_finite(value) and value > 0 else "must be a finite number greater than 0"
+    known = _is_finite(value) and 0 < value <= MAX_WEIGHT
+    return None if known else f"must be a number greater than 0, and at most {MAX_WEIGHT:g}"
 
 
 def _base_step(value: object) -> str | None:
@@ -67,7 +71,11 @@ def _base_step(value: object) -> str | None:
 
 def _worker(value: object) -> str | None:
     known = type(value) is str and is_worker(value)
-    return None if known else "must be 1 to 64 of the characters A-Z, a-z, 0-9, '.', '_' and '-'"
+    return None if known else WORKER
+
+
+def _payload(value: object) -> str | None:
+    return None if value in PAYLOADS else 'must be "gradients", "deltas" or "params"'
 
 
 _CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
@@ -77,10 +85,12 @@ _CHECKS: Final[Mapping[str, Callable[[object], str | None]]] = {
     "worker": _worker,
     "base_step": _base_step,
     "weight": _weight,
+    "payload": _payload,
 }
 
 QUERY_MEMBERS: Final = frozenset(_CHECKS)
-JSON_MEMBERS: Final = QUERY_MEMBERS | {"gradients", "params", "hessian", "hessian_diagonal"}
+# In JSON the payload is named by the member that holds it.
+JSON_MEMBERS: Final = QUERY_MEMBERS - {"payload"} | {*PAYLOADS, "hessian", "hessian_diagonal"}
 
 
 def _check(given: Mapping[str, Any], allowed: Collection[str], at: str) -> None:
@@ -89,7 +99,7 @@ def _check(given: Mapping[str, Any], allowed: Collection[str], at: str) -> None:
         Fault(pointer(at, name[:64]), f"there is no member {name[:64]!r} here, but {', '.join(sorted(allowed))}")
         for name in sorted(given.keys() - frozenset(allowed))[:_MAX_FAULTS]
     ]
-    for name in sorted(given.keys() & QUERY_MEMBERS):
+    for name in sorted(given.keys() & QUERY_MEMBERS & frozenset(allowed)):
         sentence = _CHECKS[name](given[name])
         if sentence is not None:
             faults.append(Fault(pointer(at, name), sentence))
@@ -137,40 +147,67 @@ def members_of_query(query: Mapping[str, str]) -> Mapping[str, Any]:
 
 def of_json(body: Body) -> tuple[Contribution, Mapping[str, Any]]:
     """The contribution, and the members beside it. Raises MalformedJSON, InvalidValue, InvalidRequest."""
-    given = _object(json.loads(body), JSON_MEMBERS, "gradients")
-    params, hessian, diagonal = (given.get(name) for name in ("params", "hessian", "hessian_diagonal"))
+    given = _object(json.loads(body), JSON_MEMBERS)
+    payload = _payload_of(given)
+    sent: Mapping[str, Sent]
+    if payload == "params":
+        sent, params = _dense(given["params"], "/params"), None
+    else:
+        tensors = _named(given[payload], "/" + payload)
+        sent = {name: _tensor(value, pointer("", payload, name)) for name, value in tensors.items()}
+        params = _dense(given["params"], "/params") if "params" in given else None
+    diagonal = _dense(given["hessian_diagonal"], "/hessian_diagonal") if "hessian_diagonal" in given else None
     contribution = Contribution(
-        {name: _tensor(value, pointer("/gradients", name)) for name, value in given["gradients"].items()},
-        None if "params" not in given else _dense(params, "/params"),
-        None if "hessian" not in given else _numbers(hessian, "/hessian"),
-        None if "hessian_diagonal" not in given else _dense(diagonal, "/hessian_diagonal"),
-        given.get("loss"),
-        given.get("partial", False),
+        gradients=sent,
+        params=params,
+        hessian=_numbers(given["hessian"], "/hessian") if "hessian" in given else None,
+        hessian_diagonal=diagonal,
+        payload=payload,
+        **_beside(given),
     )
     return contribution, given
 
 
+def _beside(members: Mapping[str, Any]) -> dict[str, Any]:
+    """The members that a Contribution has under the same names."""
+    names = ("loss", "partial", "worker", "base_step", "weight")
+    return {name: members[name] for name in names if name in members}
+
+
+def _payload_of(given: Mapping[str, Any]) -> Payload:
+    """Raises InvalidRequest."""
+    if "gradients" in given and "deltas" in given:
+        _refuse("/deltas", "stands beside `gradients`: a step brings one of the two")
+    found: Payload | None = next((payload for payload in PAYLOADS if payload in given), None)
+    if found is None:
+        _refuse("/gradients", "this member is required, or in its place `deltas`, or `params` alone")
+    return found
+
+
 def params_of_json(body: Body) -> dict[str, Array]:
     """The tensors of `{"params": {…}}`. Raises MalformedJSON, InvalidValue, InvalidRequest."""
-    return _dense(_object(json.loads(body), ("params",), "params")["params"], "/params")
+    given = _object(json.loads(body), ("params",))
+    if "params" not in given:
+        _refuse("/params", "this member is required")
+    return _dense(given["params"], "/params")
 
 
-def _object(given: object, allowed: Collection[str], required: str) -> dict[str, Any]:
-    """A JSON object with the member `required`, which is an object too. Raises InvalidRequest."""
+def _object(given: object, allowed: Collection[str]) -> dict[str, Any]:
+    """A JSON object. Raises InvalidRequest."""
     if type(given) is not dict:
         _refuse("", "the body must be a JSON object")
     _check(given, allowed, "")
-    if required not in given:
-        _refuse("/" + required, "this member is required")
-    if type(given[required]) is not dict:
-        _refuse("/" + required, 'must be an object such as {"w": [[0.1, 0.2]]}')
+    return given
+
+
+def _named(given: object, at: str) -> dict[str, Any]:
+    if type(given) is not dict:
+        _refuse(at, 'must be an object such as {"w": [[0.1, 0.2]]}')
     return given
 
 
 def _dense(given: object, at: str) -> dict[str, Array]:
-    if type(given) is not dict:
-        _refuse(at, 'must be an object such as {"w": [[0.1, 0.2]]}')
-    return {name: _numbers(value, pointer(at, name)) for name, value in given.items()}
+    return {name: _numbers(value, pointer(at, name)) for name, value in _named(given, at).items()}
 
 
 def _numbers(value: object, at: str) -> Array:
@@ -178,18 +215,52 @@ def _numbers(value: object, at: str) -> Array:
     return json.tensor(value, at, MAX_NESTING)
 
 
-def _tensor(value: object, at: str) -> Array | Rows:
+_FORMS: Final = frozenset(
+    frozenset(form)
+    for form in (
+        ("indices", "values"),
+        ("positions", "values"),
+        ("values", "scale"),
+        ("indices", "values", "scale"),
+        ("positions", "values", "scale"),
+    )
+)
+
+
+def _tensor(value: object, at: str) -> Sent:
     if type(value) is not dict:
         return _numbers(value, at)
-    if value.keys() != {"indices", "values"}:
-        _refuse(at, "must be a tensor, or row-sparse: an object with `indices` and `values` and nothing else")
-    indices: object = value["indices"]
-    if type(indices) is not list:
-        _refuse(at + "/indices", "must be a list of row numbers")
-    if not set(map(type, indices)) <= {int}:
-        wrong = next(position for position, index in enumerate(indices) if type(index) is not int)
-        _refuse(pointer(at, "indices", wrong), "must be an integer: the number of a row")
-    return Rows(np.array(indices, _ROWS), _numbers(value["values"], at + "/values"))
+    if frozenset(value) not in _FORMS:
+        _refuse(
+            at,
+            "must be a tensor, or an object with `values`, with at most one of `indices` and `positions`, with `scale` "
+            "if the values are int8, and with nothing else",
+        )
+    plain = _numbers(value["values"], at + "/values")
+    numbers: Numbers = _quantized(plain, value["scale"], at) if "scale" in value else plain
+    if "indices" in value:
+        return Rows(_integers(value["indices"], at + "/indices", "row"), numbers)
+    if "positions" in value:
+        return Places(_integers(value["positions"], at + "/positions", "position in the flat tensor"), numbers)
+    return numbers
+
+
+def _integers(given: object, at: str, what: str) -> Array:
+    if type(given) is not list:
+        _refuse(at, f"must be a list of integers, each the number of a {what}")
+    if not set(map(type, given)) <= {int}:
+        wrong = next(place for place, number in enumerate(given) if type(number) is not int)
+        _refuse(pointer(at, wrong), f"must be an integer: the number of a {what}")
+    return np.array(given, _INTEGERS)
+
+
+def _quantized(numbers: Array, scale: object, at: str) -> Quantized:
+    if not _is_finite(scale):
+        _refuse(at + "/scale", "must be a finite number")
+    wrong = np.argwhere((numbers < _INT8.min) | (numbers > _INT8.max) | (numbers != np.rint(numbers)))
+    if len(wrong):
+        _refuse(pointer(at, "values", *wrong[0].tolist()), f"must be an integer from {_INT8.min} to {_INT8.max}")
+    return Quantized(numbers.astype(np.int8), float(scale))
 
 
 def _refuse(at: str, detail: str) -> NoReturn:
@@ -201,8 +272,8 @@ def _refuse(at: str, detail: str) -> NoReturn:
 
 def of_safetensors(body: Body, members: Mapping[str, Any]) -> Contribution:
     """The contribution that the file and `members` make up. Raises MalformedSafetensors."""
-    tensors, _ = safetensors.read(body)
-    return of_tensors(tensors, members.get("loss"), members.get("partial", False))
+    tensors, _ = safetensors.read(body, dtypes=safetensors.STEP_DTYPES)
+    return of_tensors(tensors, payload=members.get("payload", "gradients"), **_beside(members))
 
 
 def params_of_safetensors(body: Body) -> dict[str, Array]:

@@ -28,6 +28,7 @@ from tests.running import ROOT, Server
 
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "getting-started.md"
+COMPRESSION = ROOT / "docs" / "compression.md"
 DOCUMENTS = sorted([README, *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 needs_shell = pytest.mark.skipif(
@@ -144,10 +145,11 @@ def test_commands_print_what_the_document_says(document: Path, server: Server, d
     assert {path.name for path in directory.iterdir()} == {"core", "service", ".venv"}, "and they clean up"
 
 
-def test_python_prints_what_the_document_says(server: Server, directory: Path) -> None:
-    blocks = [block for block in blocks_of(GUIDE.read_text()) if block.language == "python"]
-    assert len(blocks) > 5
-    compare(blocks, printed(blocks, "python", directory, addresses(server)), GUIDE)
+@pytest.mark.parametrize(("document", "count"), [(GUIDE, 7), (COMPRESSION, 2)], ids=["guide", "compression"])
+def test_python_prints_what_the_document_says(document: Path, count: int, server: Server, directory: Path) -> None:
+    blocks = [block for block in blocks_of(document.read_text()) if block.language == "python"]
+    assert len(blocks) >= count
+    compare(blocks, printed(blocks, "python", directory, addresses(server)), document)
 
 
 def test_the_walk_through_shows_what_matters() -> None:
@@ -163,11 +165,15 @@ def test_the_walk_through_shows_what_matters() -> None:
     assert shown.count('{"step":3,"params":{"w":[0.625,-1.625],"b":0.5}}') == 2, "waited for, and restored"
 
 
-@pytest.mark.parametrize("document", [README, GUIDE], ids=lambda path: path.name)
-def test_every_block_is_run_or_compared(document: Path) -> None:
+@pytest.mark.parametrize(
+    ("document", "languages"),
+    [(README, {"sh"}), (GUIDE, {"sh", "python"}), (COMPRESSION, {"python"})],
+    ids=["README.md", GUIDE.name, COMPRESSION.name],
+)
+def test_every_block_is_run_or_compared(document: Path, languages: set[str]) -> None:
     text = document.read_text()
     fences = re.findall(r"^```(\w*)$", text, re.MULTILINE)
-    assert set(fences) == {"sh", "text", ""} | ({"python"} if document == GUIDE else set())
+    assert set(fences) == {"text", ""} | languages
     blocks = blocks_of(text)
     assert fences.count("text") == sum(block.expected is not None for block in blocks)
 

@@ -11,7 +11,7 @@ other. It refuses, beyond that:
 - duplicate members anywhere in the header (the reference takes the last, others the first);
 - headers over `MAX_HEADER` bytes, before they are parsed (the reference spends 12.5 s and 2.4 GB on one of
   64 MB), and more than `MAX_TENSORS` tensors;
-- dtypes other than those of `DTYPES`;
+- dtypes other than those of `DTYPES` (I8 is read where it is asked for: see `read`);
 - shapes that NumPy cannot hold, which are those of over 64 dimensions and of empty tensors whose other
   dimensions multiply beyond the address space.
 
@@ -51,24 +51,28 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "BF16": BF16,
     "I64": np.dtype("<i8"),
 }
+# Of steps, which may be quantized.
+STEP_DTYPES: Final[dict[str, np.dtype[Any]]] = DTYPES | {"I8": np.dtype("i1")}
 
-_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES: Final = {dtype: name for name, dtype in STEP_DTYPES.items()}
 _FIELDS: Final = {"dtype": 0, "shape": 1, "data_offsets": 2}.keys()  # ordered, and comparable as a set
 _ADDRESSES: Final = 1 << 64
 _NESTING: Final = 127  # the reference's parser counts down from 128
 
 
-def read(buffer: bytes | bytearray | memoryview, *, bounded: bool = True) -> tuple[dict[str, Array], dict[str, str]]:
+def read(
+    buffer: bytes | bytearray | memoryview, *, bounded: bool = True, dtypes: Mapping[str, np.dtype[Any]] = DTYPES
+) -> tuple[dict[str, Array], dict[str, str]]:
     """Return the tensors, as views of `buffer` in the order of their offsets, and the metadata (`{}` if none).
 
     `bounded` false is for files of our own, which may have longer headers and more tensors than are taken from
-    others. Raises MalformedSafetensors.
+    others. Tensors of other `dtypes` are refused. Raises MalformedSafetensors.
     """
     start, header = _header(memoryview(buffer), bounded=bounded)
     metadata = _metadata(header.pop(METADATA, None))
     if bounded and len(header) > MAX_TENSORS:
         raise MalformedSafetensors(f"the file has {len(header)} tensors; {MAX_TENSORS} are the most allowed")
-    records = [_record(name, info) for name, info in header.items()]
+    records = [_record(name, info, dtypes) for name, info in header.items()]
     records.sort(key=_offsets)
     available = len(buffer) - start
     end = 0
@@ -94,7 +98,7 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = Non
 
     Nothing is copied but what is not C-contiguous, so the arrays must keep still until the pieces are sent. Tensors
     are sorted by item size, largest first, otherwise in the order given. Raises TypeError for dtypes that are
-    not in `DTYPES`, ValueError for a tensor named `__metadata__`.
+    not in `STEP_DTYPES`, ValueError for a tensor named `__metadata__`.
     """
     header: dict[str, object] = {}
     if metadata:
@@ -104,7 +108,7 @@ def write(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = Non
     for name, array in sorted(tensors.items(), key=_by_item_size):
         dtype = _NAMES.get(array.dtype)
         if dtype is None:
-            raise TypeError(f"tensor {name!r} is of {array.dtype}; a file holds {', '.join(DTYPES)}")
+            raise TypeError(f"tensor {name!r} is of {array.dtype}; a file holds {', '.join(STEP_DTYPES)}")
         if name == METADATA:
             raise ValueError(f"no tensor can be named {METADATA!r}")
         begin, end = end, end + array.nbytes
@@ -200,7 +204,7 @@ _Record = tuple[int, int, str, np.dtype[Any], list[int]]
 _offsets: Final = itemgetter(0, 1)
 
 
-def _record(name: str, info: Any) -> _Record:
+def _record(name: str, info: Any, dtypes: Mapping[str, np.dtype[Any]]) -> _Record:
     """Check one member of the header, as far as it can be checked by itself."""
     if type(info) is list and len(info) == len(_FIELDS):
         info = dict(zip(_FIELDS, info, strict=True))
@@ -209,15 +213,15 @@ def _record(name: str, info: Any) -> _Record:
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if type(dtype) is dict and list(dtype.values()) == [None]:
         (dtype,) = dtype
-    if type(dtype) is not str or dtype not in DTYPES:
-        _refuse(name, f"is of dtype {_shortened(dtype)}; accepted are {', '.join(DTYPES)}")
+    if type(dtype) is not str or dtype not in dtypes:
+        _refuse(name, f"is of dtype {_shortened(dtype)}; accepted are {', '.join(dtypes)}")
     if type(offsets) is not list or list(map(type, offsets)) != [int, int]:
         _refuse(name, f"has the data_offsets {_shortened(offsets)}, which are not two offsets")
     begin, end = offsets
-    size = _nbytes(name, shape, DTYPES[dtype].itemsize)
+    size = _nbytes(name, shape, dtypes[dtype].itemsize)
     if end - begin != size:
         _refuse(name, f"needs {size} bytes, but its data_offsets {offsets} are {end - begin} apart")
-    return begin, end, name, DTYPES[dtype], shape
+    return begin, end, name, dtypes[dtype], shape
 
 
 def _nbytes(name: str, shape: Any, itemsize: int) -> int:

@@ -310,8 +310,8 @@ def test_members_of_a_step_in_the_query(client: httpx.Client, session: str) -> N
         ("loss", " 1"), ("loss", "+1"), ("loss", "٣"), ("weight", "0"), ("weight", "-1"), ("weight", "true"),
         ("partial", "1"), ("partial", "True"), ("partial", ""), ("return", "all"), ("return", ""), ("worker", ""),
         ("worker", "a/b"), ("worker", "a" * 65), ("worker", "a\0"), ("base_step", "-1"), ("base_step", "1.0"),
-        ("base_step", str(2**53)), ("base_step", str(2**70)), ("base_step", "9" * 5000), ("payload", "gradients"),
-        ("Loss", "1"), ("", "1"),
+        ("base_step", str(2**53)), ("base_step", str(2**70)), ("base_step", "9" * 5000), ("payload", "weights"),
+        ("Loss", "1"), ("payload", ""), ("", "1"),
     ]  # fmt: skip
     with unchanged(client, session):
         for name, text in wrong:

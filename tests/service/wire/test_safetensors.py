@@ -13,7 +13,7 @@ import safetensors.numpy
 
 from core.layout import BF16
 from service.wire.errors import MalformedSafetensors
-from service.wire.safetensors import DTYPES, MAX_HEADER, MAX_TENSORS, nbytes, read, write
+from service.wire.safetensors import DTYPES, MAX_HEADER, MAX_TENSORS, STEP_DTYPES, nbytes, read, write
 from tests.service.wire.headers import Files, Text
 
 if TYPE_CHECKING:
@@ -324,6 +324,23 @@ def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
     with safetensors.safe_open(tmp_path / "file", framework="np") as opened:
         assert opened.metadata() == METADATA
         np.testing.assert_array_equal(opened.get_tensor("half"), ARRAYS["half"])
+
+
+def test_int8_is_written_and_is_read_where_it_is_asked_for() -> None:
+    arrays = {"w": np.array([[-128, 127], [0, -1]], np.int8), "e": np.zeros((0, 3), np.int8), "w:scale": np.array(0.5)}
+    file = b"".join(write(arrays))
+    assert library(file) == {
+        "w": ("I8", [2, 2], b"\x80\x7f\0\xff"),
+        "e": ("I8", [0, 3], b""),
+        "w:scale": ("F64", [], np.array(0.5).tobytes()),
+    }
+    for given in (file, safetensors.numpy.save(arrays)):
+        with pytest.raises(MalformedSafetensors, match="I8"):
+            read(given)
+        tensors, _ = read(given, dtypes=STEP_DTYPES)
+        assert {name: (a.dtype, a.shape, a.tobytes()) for name, a in tensors.items()} == {
+            name: (a.dtype, a.shape, a.tobytes()) for name, a in arrays.items()
+        }
 
 
 def test_what_the_library_writes_is_read() -> None:
