@@ -54,11 +54,12 @@ demo: $(VENV)/.demo  ## train digits with four optimizers over HTTP; writes two 
 bench: $(VENV)/.test  ## the benchmarks; writes benchmarks/RESULTS.md (ARGS="S1 L1" runs some of them)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-bench-peers: benchmarks/peers/.venv/.made  ## an environment with what `make bench` compares with (torch: gigabytes)
+bench-peers: benchmarks/peers/.venv/.made  ## an environment with what `make bench` compares with (torch and others: gigabytes)
 
-benchmarks/peers/.venv/.made:
+benchmarks/peers/.venv/.made: benchmarks/peers/requirements.txt
+	@echo "installing what the benchmarks compare with …"
 	@$(PYTHON) -m venv benchmarks/peers/.venv
-	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet 'torch==2.13.0'
+	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@touch $@
 
 convergence: $(VENV)/.test  ## in how many steps each kind minimizes; writes docs/convergence.md (ARGS="adam lamb": these alone)
@@ -79,10 +80,11 @@ docs: $(VENV)/.test  ## make the pages of docs/ that come from the declarations 
 	$(BIN)/ravine optimizers --markdown > docs/optimizers.md
 	$(BIN)/ravine schedules --markdown > docs/schedules.md
 	$(BIN)/ravine transforms --markdown > docs/transforms.md
+	$(BIN)/ravine reducers --markdown > docs/reducers.md
 
 lock:  ## resolve the dependencies anew (needs uv)
-	$(COMPILE) --extra jit pyproject.toml -o requirements.lock
-	$(COMPILE) --extra jit --group test -c requirements.lock pyproject.toml -o requirements-test.lock
+	$(COMPILE) --extra jit --extra privacy pyproject.toml -o requirements.lock
+	$(COMPILE) --extra jit --extra privacy --group test -c requirements.lock pyproject.toml -o requirements-test.lock
 	$(COMPILE) --group demo -c requirements.lock -o requirements-demo.lock
 
 clean:  ## remove what was set up (the data of the service stay)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from core.aggregation.aggregation import ASYNC, Aggregation
 from core.averaging import Averaging
 from core.bounds import numeric_fields
 from core.errors import InvalidRecipe
@@ -51,6 +52,7 @@ class Recipe:
     transforms: tuple[Transform, ...] = ()
     state_dtype: Literal["bfloat16"] | None = None
     state_seed: int | None = None  # of the rounding; there must be one where there is a state_dtype
+    aggregation: Aggregation = ASYNC
 
     def __post_init__(self) -> None:
         for index, variant in enumerate(self.variants[1:]):
@@ -67,6 +69,11 @@ class Recipe:
                 "that is for element-wise methods whose slots are running means",
             )
         self._check_transforms()
+        if not self.aggregation.reduce.running and self.needs & {"hessian", "hessian_diagonal"}:
+            raise InvalidRecipe(
+                "/aggregation/reduce",
+                f"{self.aggregation.reduce.kind} says nothing of the Hessians that {self.method.kind} needs",
+            )
 
     def _check_transforms(self) -> None:
         for index, transform in enumerate(self.transforms):
@@ -159,7 +166,8 @@ class Recipe:
     def held_only(self) -> bool:
         """Whether the session must hold the parameters."""
         methods = [*self.wrappers, self.method]
-        return self.averaging is not None or any(method.held_only for method in methods)
+        compensated = self.aggregation.delay_compensation is not None
+        return compensated or self.averaging is not None or any(method.held_only for method in methods)
 
     @cached_property
     def whole_only(self) -> bool:
@@ -172,6 +180,9 @@ class Recipe:
         """Whether what a step may be, or its rate, depends on what became of the step before it."""
         waits = self.method.family == "whole" and self.method.hands_out
         held = any(transform.holds_back for transform in self.transforms) or any(w.holds_back for w in self.wrappers)
+        aggregation = self.aggregation  # what it makes of a contribution may go by where the parameters stand
+        if aggregation.delay_compensation is not None or (aggregation.noise_multiplier and not aggregation.rounds):
+            return True
         return waits or held or bool(self.plateaus) or "hessian_diagonal" in self.needs
 
     @cached_property
@@ -314,6 +325,7 @@ class Recipe:
             "averaging": describe(self.averaging),
             "non_finite": self.non_finite,
             "transforms": describe(self.transforms),
+            "aggregation": {name: describe(value) for name, value in self.aggregation.members().items()},
         }
 
 
@@ -332,7 +344,12 @@ def describe(value: Any) -> Any:
     """A dataclass with a `kind` as {"kind": …, **fields}; a tuple as a list; anything else as it is."""
     if is_dataclass(value) and not isinstance(value, type):
         kind = {"kind": value.kind} if hasattr(value, "kind") else {}
-        return kind | {field.name: describe(getattr(value, field.name)) for field in fields(value)}
+        return kind | {member_of(field.name): describe(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
         return [describe(item) for item in value]
     return value
+
+
+def member_of(field: str) -> str:
+    """What a field is called in JSON: `lambda` is no name in Python."""
+    return field.removesuffix("_")

@@ -9,30 +9,37 @@ The parameters of a state are never changed in place unless the caller says that
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from core.aggregation.closing import checked_closing, closed, take_in
+from core.aggregation.incoming import check_form, incoming, observe
+from core.aggregation.ledger import Ledger, Sender
+from core.aggregation.rounds import Round
 from core.bfloat16 import widen
 from core.contributions import (
     Checked,
+    Closing,
     Contribution,
     Entry,
     FlatParams,
     Gradient,
     NewParams,
     NewRecipe,
+    Pull,
+    Reduced,
     check_change,
     checked_gradient,
     flatten,
 )
-from core.errors import ParamsNotHeld
+from core.errors import InvalidRecipe, ParamsNotHeld
 from core.evaluate import Evaluator
 from core.layout import BF16, Array, Layout, Slot
 from core.moves import Move, optimizer_at, own_of, plateau_values, resolved, wrappers_at
 from core.optimizers import Optimizer
 from core.recipe import Recipe, pointer_of
-from core.state import State, carried, initial_own, initial_slots
+from core.state import State, carried, initial_own, initial_slots, unfinished
 
 PARAMS_AT_STEP_ZERO = "parameters can be given to a session whose client holds them at step 0 alone"
 
@@ -44,6 +51,13 @@ class Outcome:
     step: int
     updates: Array | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Ahead(NamedTuple):
+    """Where a session will stand: its step, and a ledger that knows of what comes before."""
+
+    step: int
+    ledger: Ledger
 
 
 class Session:
@@ -64,18 +78,51 @@ class Session:
     def layout(self) -> Layout:
         return self.recipe.layout
 
-    def check(self, entry: Entry) -> Checked:
-        """What `apply` takes. Raises a CoreError where the entry cannot be applied; changes nothing."""
+    def check(self, entry: Entry, ahead: Ahead | None = None) -> Checked:
+        """What `apply` takes. Raises a CoreError where the entry cannot be applied; changes nothing.
+
+        `ahead` says where the session will stand when it is applied, if other entries come before it.
+        """
         match entry:
             case Contribution():
-                return checked_gradient(self.recipe, self.state, entry)
+                return self._check_contribution(entry, ahead or Ahead(self.state.step, self.state.ledger))
+            case Closing():
+                return checked_closing(self.recipe, self.state, entry)
+            case Pull():
+                self._held()
+                return entry
             case NewParams():
                 if self.state.params is None and self.state.step > 0:
                     raise ParamsNotHeld(PARAMS_AT_STEP_ZERO)
                 return FlatParams(flatten(self.recipe, entry.params, "value"))
             case NewRecipe():
                 check_change(self.recipe, self.state, entry.recipe)
+                self._check_open_round(entry.recipe)
                 return entry
+
+    def _check_open_round(self, recipe: Recipe) -> None:
+        """Raises InvalidRecipe where what came into the open round so far is no step of `recipe`."""
+        lacking = unfinished(recipe, self.state)
+        if lacking:
+            changed = ("transforms", "groups", "optimizer")
+            at = next((name for name in changed if getattr(recipe, name) != getattr(self.recipe, name)), "optimizer")
+            raise InvalidRecipe(
+                f"/{at}", f"the open round has {lacking}, with which it could not be closed: wait for it"
+            )
+
+    def _check_contribution(self, entry: Contribution, ahead: Ahead) -> Gradient:
+        recipe, sender = self.recipe, entry.sender
+        named = sender.worker is not None or sender.base_step is not None
+        if recipe.aggregation.plain and not named and entry.payload == "gradients":
+            return checked_gradient(recipe, self.state, entry)
+        check_form(recipe, entry)
+        ahead.ledger.admit(recipe.aggregation, ahead.step, sender)
+        point = self.next_point() if entry.payload == "params" else None
+        gradient = checked_gradient(recipe, self.state, entry, point)
+        age = 0 if sender.base_step is None else ahead.step - sender.base_step
+        gradient = incoming(recipe, self.state, entry, gradient, age, ahead.step)
+        gradient.sender = sender
+        return gradient
 
     # Applying
 
@@ -84,7 +131,14 @@ class Session:
         state = self.state
         match checked:
             case Gradient():
-                return self._step(checked, want_updates=want_updates, fresh=fresh)
+                return self._contribute(checked, want_updates=want_updates, fresh=fresh)
+            case Reduced():
+                gradient, state.round = closed(self.recipe, state.round, checked), Round()
+                state.ledger.clear_round()
+                return self._step(gradient, want_updates=want_updates, fresh=fresh)
+            case Pull():
+                state.ledger.pull(self.recipe.aggregation, checked.worker, state.step, checked.at)
+                self._back_up(checked.worker)
             case FlatParams():
                 state.params = checked.params
             case NewRecipe():
@@ -92,6 +146,28 @@ class Session:
                 state.slots = initial_slots(self.recipe, keep=kept.slots)
                 state.own = initial_own(self.recipe, keep=kept.own)
         return Outcome(state.step)
+
+    def _contribute(self, gradient: Gradient, *, want_updates: bool, fresh: bool) -> Outcome:
+        """A contribution becomes a step, or part of the open round."""
+        sender, aggregation = gradient.sender, self.recipe.aggregation
+        if sender is None and not aggregation.rounds:
+            return self._step(gradient, want_updates=want_updates, fresh=fresh)
+        sender = sender or Sender()
+        self.state.ledger.record(aggregation, self.state.step, sender)
+        if aggregation.rounds:
+            take_in(self.recipe, self.state.round, gradient, sender.weight)
+            return Outcome(self.state.step)
+        if gradient.raw is not None:
+            observe(self.recipe, self.state, gradient.raw)
+        outcome = self._step(gradient, want_updates=want_updates, fresh=fresh)
+        if sender.pulls and aggregation.delay_compensation is not None:
+            self._back_up(sender.worker or "")
+        return outcome
+
+    def _back_up(self, worker: str) -> None:
+        """Keeps the point that `worker` is handed: in an array of its own, since a step may write over the other."""
+        state = self.state
+        state.delays.keep(worker, self.next_point().copy(), self.recipe.aggregation.backups, state.ledger.workers)
 
     def _step(self, gradient: Gradient, *, want_updates: bool, fresh: bool) -> Outcome:
         state, recipe = self.state, self.recipe

@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from core.aggregation.ledger import Ledger
+from core.aggregation.rounds import DELAY, ROUND, Delays, Round
 from core.bounds import check_number
 from core.errors import InvalidRecipe, InvalidState
 from core.layout import BF16, Array
@@ -16,6 +19,7 @@ from core.recipe import Recipe
 class State:
     """`step` counts the gradients taken, `moves` the updates made of them; they differ where a method takes several
     gradients for one. Parameters and slots are flat, (n,). `own` has what is of another shape, by its whole name.
+    `ledger`, `round` and `delays` are of the workers that contribute, and of what they sent that is no step yet.
     """
 
     step: int
@@ -23,17 +27,26 @@ class State:
     slots: dict[str, Array]
     own: dict[str, Array] = field(default_factory=dict)
     moves: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+    round: Round = field(default_factory=Round)
+    delays: Delays = field(default_factory=Delays)
 
     @property
     def nbytes(self) -> int:
-        arrays = [*self.slots.values(), *self.own.values()]
+        arrays = [*self.slots.values(), *self.own.values(), *self.contributed.values()]
         return sum(array.nbytes for array in arrays) + (0 if self.params is None else self.params.nbytes)
+
+    @property
+    def contributed(self) -> dict[str, Array]:
+        """The arrays of the open round and of the workers, by their whole names."""
+        return self.round.arrays | self.delays.arrays
 
     def copy(self) -> "State":
         """A state of its own; `params` are shared, since they are never changed once others can see them."""
         slots = {name: array.copy() for name, array in self.slots.items()}
         own = {name: array.copy() for name, array in self.own.items()}
-        return State(self.step, self.params, slots, own, self.moves)
+        workers = self.ledger.copy(), self.round.copy(), self.delays.copy()
+        return State(self.step, self.params, slots, own, self.moves, *workers)
 
 
 @np.errstate(over="ignore")
@@ -91,7 +104,7 @@ def carried(old: Recipe, new: Recipe, state: State) -> State:
         known_plateau = old.plateaus.get(origin)
         if known_plateau is not None and known_plateau.start() == plateau.start():
             own[f":plateau.{path}"] = state.own[f":plateau.{origin}"].copy()  # two groups may go on from the same
-    return State(state.step, state.params, slots, own, state.moves)
+    return State(state.step, state.params, slots, own, state.moves)  # workers and rounds go on as they are
 
 
 def _owner(name: str) -> str:
@@ -141,14 +154,25 @@ def tensors_of(recipe: Recipe, state: State) -> dict[str, Array]:
         named.update(recipe.layout.views(state.params))
     for slot, flat in state.slots.items():
         named.update({f"{name}:{slot}": view for name, view in recipe.layout.views(flat).items()})
-    return named | state.own
+    return named | state.own | state.contributed
 
 
-def state_of(recipe: Recipe, step: int, tensors: Mapping[str, Array], moves: int | None = None) -> State:
-    """The state that `tensors_of` named, in arrays of its own; `moves` are as many as steps if left out.
+def workers_of(state: State) -> dict[str, Any]:
+    """What is known of workers and the open round beside their arrays, as JSON values; empty if nothing is."""
+    return {name: found for name in ("ledger", "round") if (found := getattr(state, name).describe())}
 
-    At step 0 a slot may be left out: it is then as it is before the first step. Raises InvalidState.
+
+def state_of(
+    recipe: Recipe,
+    step: int,
+    tensors: Mapping[str, Array],
+    moves: int | None = None,
+    workers: Mapping[str, Any] = MappingProxyType({}),
+) -> State:
+    """The state that `tensors_of` and `workers_of` named, in arrays of its own; `moves` are as many as steps if left
+    out. At step 0 a slot may be left out: it is then as it is before the first step. Raises InvalidState.
     """
+    tensors, shared = _parted(tensors)
     moves = step if moves is None else moves
     if not 0 <= moves <= step:
         raise InvalidState(f"{moves} updates cannot have come of {step} gradients")
@@ -169,7 +193,83 @@ def state_of(recipe: Recipe, step: int, tensors: Mapping[str, Array], moves: int
             raise InvalidState(f"{name!r} is {found.dtype} {list(found.shape)}, not {home.dtype} {list(home.shape)}")
         home[...] = found
     _check_own(recipe, state.own)
+    _read_workers(recipe, state, shared, workers)
     unknown = sorted(set(tensors) - set(homes))
     if unknown:
         raise InvalidState(f"the state has a tensor {unknown[0]!r} that the recipe does not know")
     return state
+
+
+def _parted(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """What belongs to the recipe's own state, and what to the workers."""
+    shared = {name: array for name, array in tensors.items() if name.startswith((ROUND, DELAY))}
+    return {name: array for name, array in tensors.items() if name not in shared}, shared
+
+
+def _read_workers(recipe: Recipe, state: State, arrays: Mapping[str, Array], text: Mapping[str, Any]) -> None:
+    """Raises InvalidState."""
+    size, dtype, aggregation = recipe.layout.size, recipe.numpy_dtype, recipe.aggregation
+    copies = {name: array.copy() for name, array in arrays.items()}
+    try:
+        state.ledger = Ledger.read(text.get("ledger", {}))
+        state.round = Round.read(text.get("round", {}), {n: a for n, a in copies.items() if n.startswith(ROUND)})
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise InvalidState(f"what is known of the workers cannot be read: {error!r}") from None
+    state.delays = Delays.read({name: a for name, a in copies.items() if name.startswith(DELAY)}, size, dtype)
+    state.round.check(size, dtype, {slot.name: slot.shape[0] if slot.shape else None for slot in recipe.layout})
+    running, kept = state.round.total is not None, len(state.round.kept)
+    received = state.ledger.received
+    expected = (received > 0, 0) if aggregation.reduce.running else (False, received)
+    if (running, kept) != expected or (received and not aggregation.rounds) or received > aggregation.needed:
+        raise InvalidState("the open round has other contributions than its ledger says")
+    if state.delays.arrays and aggregation.delay_compensation is None:
+        raise InvalidState("there are backups of workers, and no delay is to be compensated")
+    beside = {":loss", ":hessian", *(f":hessian_diagonal:{name}" for name in recipe.layout.names)}
+    if state.round.weights.keys() - beside - set(recipe.layout.names):
+        raise InvalidState("the open round weighs what this session has not")
+    if not received and (state.round.arrays or state.round.describe()):
+        raise InvalidState("there is something of an open round to which nobody has contributed")
+    lacking = unfinished(recipe, state)
+    if lacking:
+        raise InvalidState(f"the open round has {lacking}")
+
+
+def unfinished(recipe: Recipe, state: State) -> str:
+    """What keeps the open round from becoming a step of `recipe`, as "no gradient of 'w'"; empty if nothing does.
+
+    Each contribution was checked against the recipe of its time, so it is a recipe that took over since, or a file.
+    """
+    round_, needs = state.round, recipe.needs
+    if not state.ledger.received:
+        return ""
+    running, t = recipe.aggregation.reduce.running, state.moves + 1
+    live = [slot.name for slot, _ in recipe.live() if not running or recipe.whole_only or slot.name in round_.weights]
+    due = "hessian_diagonal" in needs and any(variant.at(t).due(t) for variant in recipe.variants)
+    weights = round_.weights
+    lacks = {
+        "no gradient of a tensor": running and not weights.keys() >= set(live),
+        "no loss": ":loss" not in weights and ("loss" in needs or round_.loss != 0),
+        "no Hessian": ("hessian" in needs or round_.hessian is not None)
+        and not _has(weights, round_.hessian, ":hessian"),
+        "no diagonal of the Hessian": due
+        and not all(_has(weights, round_.diagonal, f":hessian_diagonal:{name}") for name in live),
+        "no parameters": "params" in needs and state.params is None and round_.params is None,
+        "numbers that are not finite": not all(
+            _bears(recipe, array) for array in [*round_.kept, *_there(round_.total)]
+        ),
+    }
+    return next((what for what, lacking in lacks.items() if lacking), "")
+
+
+def _has(weights: Mapping[str, float], array: Array | None, name: str) -> bool:
+    return array is not None and name in weights
+
+
+def _there(array: Array | None) -> list[Array]:
+    return [] if array is None else [array]
+
+
+def _bears(recipe: Recipe, array: Array) -> bool:
+    """Whether what is not finite in `array` is mended by a transform."""
+    nan, infinite = recipe.mends
+    return (nan or not np.isnan(array).any()) and (infinite or not np.isinf(array).any())

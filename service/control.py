@@ -76,6 +76,8 @@ def _add_sessions(app: FastAPI, sessions: "Sessions") -> None:
     app.add_api_route(one, sessions.delete, methods=["DELETE"])
     app.add_api_route(f"{one}/fork", sessions.fork, methods=["POST"])
     app.add_api_route(f"{one}/history", sessions.history, methods=["GET", "HEAD"])
+    app.add_api_route(f"{one}/workers", sessions.workers, methods=["GET", "HEAD"])
+    app.add_api_route(f"{one}/rounds/current", sessions.open_round, methods=["GET", "HEAD"])
     app.add_api_route(f"{one}/schedule", sessions.schedule, methods=["GET", "HEAD"])
 
 
@@ -185,9 +187,25 @@ class Sessions:
         headers = _FRESH | {"Vary": "Accept"}
         if more:
             headers["Link"] = f'<{quote(request.scope["path"])}?after={records[-1].step}&limit={limit}>; rel="next"'
+        # What a step costs of privacy is told where there is any; it is the last of the fields.
+        width = len(Record._fields) - all(record.epsilon is None for record in records)
         if form == "csv":
-            return Response(_table(Record._fields, records), headers=headers, media_type=CSV)
-        return _json({"data": [record._asdict() for record in records], "has_more": more}, headers=headers)
+            table = _table(Record._fields[:width], [record[:width] for record in records])
+            return Response(table, headers=headers, media_type=CSV)
+        data = [dict(zip(Record._fields[:width], record, strict=False)) for record in records]
+        return _json({"data": data, "has_more": more}, headers=headers)
+
+    async def workers(self, request: Request, session: str) -> Response:
+        query = _call(request).query(("limit", "after"))
+        limit = _integer(query, "limit", PAGE, 1, MAX_PAGE)
+        after = query.get("after", "")
+        found = [worker for worker in await self._engine.workers(session) if worker["worker"] > after]
+        return _json({"data": found[:limit], "has_more": len(found) > limit}, headers=_FRESH)
+
+    async def open_round(self, request: Request, session: str) -> Response:
+        _no_query(request)
+        found, stamp = await self._engine.open_round(session)
+        return _json(found, headers=_stamped(stamp))
 
     async def schedule(self, request: Request, session: str) -> Response:
         call = _call(request)

@@ -18,13 +18,15 @@ to the outermost application.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
+from time import monotonic
 from typing import Final, Literal, TypeAlias, TypeVar, get_args
 
 from xxhash import xxh3_128
 
-from core.errors import CoreError
+from core.contributions import Contribution
+from core.errors import CoreError, TooFarAhead
 from service import contributions, replies
-from service.documents import Event, StepRequest
+from service.documents import Event, Pending, StepRequest
 from service.engine import Engine
 from service.errors import Fault, InvalidRequest, ServiceError
 from service.http import (
@@ -39,6 +41,7 @@ from service.http import (
     Waits,
     body_format,
     idempotency_key,
+    is_worker,
     last_event_id,
     media_type,
     negotiate,
@@ -55,6 +58,8 @@ from service.wire.inflate import Body
 PREFIX: Final = "/v1/sessions"
 PING: Final = 15.0  # seconds; proxies take a connection for dead after 30 or 60 without a byte
 MAX_WAIT: Final = 60.0  # seconds
+TRY_AGAIN: Final = 0.5  # seconds
+EMPTY: Final = Contribution({})
 LARGE_JSON: Final = 256 << 10  # bytes from which JSON is parsed in a thread, so that others get their turns meanwhile
 
 T = TypeVar("T")
@@ -123,6 +128,14 @@ class DataPlane:
     # Steps
 
     async def _step(self, session: str, request: Request) -> Reply:
+        preferred = prefer(request.header(b"prefer"))
+        step, answer, minimal = await self._read_step(request, preferred)
+        told = await self._contribute(session, request, step, answer, _wait_preferred(preferred))
+        reply = replies.pending(told, request.scope["path"]) if isinstance(told, Pending) else told
+        return reply._replace(headers=[*reply.headers, replies.MINIMAL]) if minimal else reply
+
+    async def _read_step(self, request: Request, preferred: Mapping[str, str]) -> tuple[StepRequest, Format, bool]:
+        """The step, the format of its answer, and whether that is to be minimal because of `Prefer`."""
         form = body_format(request.header(b"content-type"))
         answer = negotiate(request.header(b"accept"), form, ("json", "safetensors"))
         given = request.query(contributions.QUERY_MEMBERS if form == "safetensors" else ())
@@ -134,7 +147,7 @@ class DataPlane:
             contribution, members = await _parsed(contributions.of_json, body)
         else:
             contribution = contributions.of_safetensors(body, members)
-        minimal = "return" not in members and prefer(request.header(b"prefer")).get("return") == "minimal"
+        minimal = "return" not in members and preferred.get("return") == "minimal"
         step = StepRequest(
             contribution,
             "none" if minimal else members.get("return"),
@@ -142,17 +155,37 @@ class DataPlane:
             if_match,
             key,
             "" if key is None else _digest(form, body, request.scope["query_string"]),
-            members.get("worker"),
-            members.get("base_step"),
-            members.get("weight", 1.0),
         )
-        reply = await self._engine.step(session, step, replies.STEP_AS[answer])
-        return reply._replace(headers=[*reply.headers, replies.MINIMAL]) if minimal else reply
+        return step, answer, minimal
+
+    async def _contribute(
+        self, session: str, request: Request, step: StepRequest, answer: Format, seconds: float
+    ) -> Reply | Pending:
+        """Waits at most `seconds` for its turn, where others are too far behind, or for the round to be closed."""
+        encode, deadline = replies.STEP_AS[answer], monotonic() + seconds
+        while True:
+            try:
+                told = await self._engine.step(session, step, encode)
+                break
+            except TooFarAhead as error:
+                left = deadline - monotonic()
+                # Nobody says when a worker is given up, so it is tried again every now and then.
+                turn = self._engine.wait(session, error.step, min(left, TRY_AGAIN))
+                if left <= 0 or await self._waits.run(request.receive, turn) is None:
+                    turn.close()
+                    raise
+        if isinstance(told, Pending) and seconds:
+            step.contribution = EMPTY  # its body may be large, and the wait long
+            closed = self._engine.wait(session, told.round - 1, deadline - monotonic())
+            if await self._waits.run(request.receive, closed):
+                told = await self._engine.round(session, step, told, encode)
+        return told
 
     # Parameters
 
     async def _params(self, session: str, request: Request) -> Reply:
-        at, after, seconds = _point(request.query(("at", "after", "wait")))
+        given = request.query(("at", "after", "wait", "worker"))
+        at, after, seconds = _point(given)
         form = negotiate(request.header(b"accept"), "json", ("json", "safetensors"))
         if_none_match = preconditions(request.header(b"if-none-match"), "If-None-Match")
         point = await self._engine.params(session, at)
@@ -160,6 +193,8 @@ class DataPlane:
             if not (seconds and await self._waits.run(request.receive, self._engine.wait(session, after, seconds))):
                 return replies.not_modified(await self._engine.stamp(session))
             point = await self._engine.params(session, at)
+        if "worker" in given:
+            point = await self._engine.pull(session, given["worker"])
         if if_none_match is not None and if_none_match.holds(point.stamp):
             return replies.not_modified(point.stamp)
         return replies.params(point, form)
@@ -256,6 +291,12 @@ def _is_safetensors(scope: Scope) -> bool:
     return FORMATS.get(media_type(content_type.decode("latin-1"))[0]) == "safetensors"
 
 
+def _wait_preferred(preferred: Mapping[str, str]) -> float:
+    """Seconds, at most MAX_WAIT; what is no number is ignored, as RFC 7240 has it."""
+    seconds = contributions.number(preferred.get("wait", "0"))
+    return min(max(seconds or 0.0, 0.0), MAX_WAIT)
+
+
 def _digest(form: Format, body: Body, query: bytes) -> str:
     """What two sendings of one contribution have in common: its inflated body, its format and its query."""
     digest = xxh3_128(body)
@@ -277,6 +318,10 @@ def _point(members: Mapping[str, str]) -> tuple[At, int | None, float]:
         faults.append(Fault("/query/wait", f"must be a number of seconds from 0 to {MAX_WAIT:g}"))
     if "wait" in members and "after" not in members:
         faults.append(Fault("/query/wait", "means something beside `after` alone: the step to be left behind"))
+    if "worker" in members and not is_worker(members["worker"]):
+        faults.append(Fault("/query/worker", contributions.WORKER))
+    if "worker" in members and at == "final":
+        faults.append(Fault("/query/worker", "pulls the point at which its next gradient is taken: `at` is next"))
     if faults:
         raise InvalidRequest(faults)
     return ("final" if at == "final" else "next"), after, seconds or 0.0

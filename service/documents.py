@@ -22,7 +22,6 @@ class Document:
     recipe: Recipe
     name: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
-    aggregation: Mapping[str, Any] = field(default_factory=lambda: {"mode": "async"})
     created_at: str = field(default_factory=now)
 
     def describe(self) -> dict[str, Any]:
@@ -30,7 +29,6 @@ class Document:
         return self.recipe.describe() | {
             "name": self.name,
             "labels": dict(self.labels),
-            "aggregation": dict(self.aggregation),
             "created_at": self.created_at,
         }
 
@@ -68,9 +66,6 @@ class StepRequest:
     if_match: Precondition | None = None
     key: str | None = None
     digest: str = ""
-    worker: str | None = None
-    base_step: int | None = None
-    weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -86,6 +81,22 @@ class Applied:
     metrics: Mapping[str, Any] = field(default_factory=dict)  # what the transforms have to say
     replayed: bool = False
     skipped: bool = False
+    point: "Point | None" = None  # of which `params` are, where many are told the same
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A contribution that was taken into a round, which is open yet; as number `received` of `needed`. `over`: the
+    round is closed right behind it.
+    """
+
+    stamp: Stamp
+    round: int
+    received: int
+    needed: int
+    held: bool  # whether there are parameters to wait for
+    replayed: bool = False
+    over: bool = False
 
 
 @dataclass(slots=True)
@@ -107,11 +118,13 @@ class Record(NamedTuple):
     grad_norm: float | None
     lr: float
     worker: str | None
+    epsilon: float | None = None  # of the differential privacy so far, where there is any
 
 
 class Event(NamedTuple):
-    """Something that happened to a session."""
+    """Something that happened to a session; of a contribution to a round also which, and how far it is."""
 
-    kind: Literal["step", "deleted"]
+    kind: Literal["step", "round", "deleted"]
     step: int
     commit: str
+    received: "tuple[int, int, int] | None" = None

@@ -9,7 +9,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -22,10 +22,12 @@ from core.evaluate import Evaluator
 from core.layout import Array
 from core.recipe import Recipe
 from core.session import Session
+from service import answers, crowd
 from service import live as files
-from service.bell import Bell
-from service.commits import Change, Committer, Look, fail, new_future
-from service.documents import Applied, Document, Event, Point, Precondition, Record, Stamp, StepRequest, now
+from service.changes import Change, Look, fail, new_future
+from service.commits import Committer
+from service.deadlines import Deadlines
+from service.documents import Applied, Document, Event, Pending, Point, Precondition, Record, Stamp, StepRequest, now
 from service.errors import (
     Corrupt,
     Fault,
@@ -38,8 +40,10 @@ from service.errors import (
 )
 from service.ids import age_of, checked_id, new_commit, new_id
 from service.live import THREADED, DocumentReader, Live
-from service.records import Head, chunks_of
-from service.store import Store, key
+from service.records import Head
+from service.snapshots import Snapshots
+from service.store import Store
+from service.waiting import Waiting
 from service.wire import safetensors
 
 log = structlog.get_logger("ravine.engine")
@@ -47,13 +51,8 @@ T = TypeVar("T")
 
 BATCH = 256
 BATCH_BYTES = 64 * 1024 * 1024
-SNAPSHOT_FLOOR = 64 * 1024
-# A state of so many bytes is not copied for its snapshot.
-COPIED = 4 * 1024 * 1024
 # A session that leaves memory with fewer entries in its log is replayed as fast as a snapshot is written.
 WORTH_A_SNAPSHOT = 32
-# A waiter looks by itself every so often, since a message may be missed.
-LOOK = 2.0
 LARGE = 64 * 1024 * 1024
 
 
@@ -74,20 +73,22 @@ class Engine:
         self._costs: dict[str, int] = {}
         self._cost = 0
         self._loading: dict[str, asyncio.Task[Live]] = {}
-        self._committer = Committer(store, read_document, self._read)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._bell: Bell | None = None
+        self._deadlines = Deadlines(store, self.close_round)
+        self._committer = Committer(store, self._deadlines, read_document, self._read)
+        self._snapshots = Snapshots(store, self._spawn)
+        self._waiting = Waiting(store)
 
     async def start(self) -> None:
-        self._bell = Bell(self._store.pubsub_client)
-        self._bell.start()
+        self._waiting.start()
+        self._deadlines.start()
 
     async def stop(self) -> None:
         """Waits for what is under way, then lets go. Requests must have ended before."""
+        await self._deadlines.stop()
         while self._tasks:
             await asyncio.wait(self._tasks)
-        if self._bell is not None:
-            await self._bell.stop()
+        await self._waiting.stop()
         self._committer.close()
 
     # Making, listing and ending sessions
@@ -111,7 +112,8 @@ class Engine:
 
     def _check_size(self, recipe: Recipe, where: str) -> None:
         """Raises InvalidRequest, before any array is made, for a state with more bytes or tensors than allowed."""
-        needed = recipe.state_bytes() + recipe.layout.size * recipe.numpy_dtype.itemsize
+        vector = recipe.layout.size * recipe.numpy_dtype.itemsize
+        needed = recipe.state_bytes() + vector * (1 + recipe.aggregation.vectors())
         if needed > self._max_state:
             sentence = f"parameters and slots would take {needed} bytes; a session may have {self._max_state}"
             raise InvalidRequest([Fault(where, sentence)])
@@ -141,18 +143,28 @@ class Engine:
         fields: dict[str, str | int | bytes] = {"commit": commit, "step": step, "time": document.created_at}
         fields |= {"document": orjson.dumps(files.describe(document)), "held": int(held)}
         await self._store.enter(id_, document.labels.items())
+        deadline = session.state.ledger.deadline(document.recipe.aggregation)
+        if deadline is not None:
+            await self._deadlines.announce(id_, step + 1, deadline)
         await self._store.create(id_, snap, safetensors.write(tensors, text), fields)
         return await self.session(id_)
 
     async def session(self, id_: str) -> tuple[dict[str, Any], Stamp]:
         """The session object."""
         head = await self._head(id_)
-        return session_object(id_, head), Stamp(head.step, head.commit)
+        return await self._described(id_, head), Stamp(head.step, head.mark)
+
+    async def _described(self, id_: str, head: Head) -> dict[str, Any]:
+        found = session_object(id_, head)
+        aggregation = found["aggregation"]
+        if "noise_multiplier" in aggregation:
+            found["privacy"] = await self._committer.compute(True, crowd.privacy_of, aggregation, head.step)
+        return found
 
     async def stamp(self, id_: str) -> Stamp:
         """Where the session stands. Cheaper than the session object: each waiter asks every now and then."""
         head = await self._head(id_)
-        return Stamp(head.step, head.commit)
+        return Stamp(head.step, head.mark)
 
     async def _head(self, id_: str) -> Head:
         head = await self._store.head(checked_id(id_))
@@ -169,7 +181,7 @@ class Engine:
             wanted = limit + 1 - len(found)
             ids = await self._store.ids(label, after, wanted)
             for id_, head in zip(ids, await self._store.heads(ids), strict=True):
-                described = None if head is None else session_object(id_, head)
+                described = None if head is None else await self._described(id_, head)
                 if described is None or (label and described["labels"].get(label[0]) != label[1]):
                     await self._forget_entry(id_, described, label)
                 else:
@@ -186,8 +198,8 @@ class Engine:
     async def delete(self, id_: str, if_match: Precondition | None) -> None:
         while True:
             head = await self._head(id_)
-            if if_match is not None and not if_match.holds(Stamp(head.step, head.commit)):
-                raise StepConflict(head.step, head.commit)
+            if if_match is not None and not if_match.holds(Stamp(head.step, head.mark)):
+                raise StepConflict(head.step, head.mark)
             outcome = await self._store.delete(id_, head, None if if_match is None else head.commit)
             if outcome != "STALE":
                 break
@@ -198,14 +210,63 @@ class Engine:
 
     # Changing
 
-    async def step(self, id_: str, request: StepRequest, encode: Callable[[Applied], T]) -> T:
-        """Appends and applies a contribution; `encode` is called right after, on the event loop.
+    async def step(self, id_: str, request: StepRequest, encode: Callable[[Applied], T]) -> T | Pending:
+        """Appends and applies a contribution; `encode` is called right after, on the event loop. Pending: it went into
+        a round that is open yet.
 
         Raises CoreError, StepConflict, KeyReused, SessionNotFound, StoreUnavailable, StoreFull.
         """
         change = Change(new_future(), request.if_match, request.size, step=request, encode=encode)
-        result: T = await self._enqueue(id_, change)
+        result: T | Pending = await self._enqueue(id_, change)
+        if isinstance(result, Pending) and result.over:
+            return await self.round(id_, request, result, encode)  # the closing is in the same queue, before this
         return result
+
+    async def round(
+        self, id_: str, request: StepRequest, pending: Pending, encode: Callable[[Applied], T]
+    ) -> T | Pending:
+        """What became of the round that a contribution went into: its step if it is closed, else Pending as before."""
+
+        def read(live: Live) -> T | Pending:
+            told = answers.of_round(live, request, pending.round, pending.received, replayed=pending.replayed)
+            return told if isinstance(told, Pending) else encode(told)
+
+        result: T | Pending = await self._look(id_, read)
+        return result
+
+    async def close_round(self, id_: str, round_: int) -> None:
+        """Closes the open round if it is this one and is over. Raises RoundOpen."""
+        await self._enqueue(id_, Change(new_future(), None, closing=round_))
+
+    async def pull(self, id_: str, worker: str) -> Point:
+        """The parameters, remembered as what `worker` has where delays are compensated. Raises ParamsNotHeld."""
+
+        def read(live: Live) -> tuple[Point, bool]:
+            return live.point("next"), live.session.recipe.aggregation.delay_compensation is not None
+
+        while True:
+            found: tuple[Point, bool] = await self._look(id_, read, threaded=True)
+            point, remembered = found
+            if not remembered:
+                return point
+            there = Precondition(False, ((point.stamp.step, point.stamp.commit),))
+            try:
+                await self._enqueue(id_, Change(new_future(), there, puller=worker))
+            except StepConflict:  # there are newer ones
+                continue
+            return point
+
+    async def workers(self, id_: str) -> list[dict[str, Any]]:
+        """What is known of each worker, by name."""
+        found: list[dict[str, Any]] = await self._look(id_, lambda live: crowd.workers(live, time.time()))
+        return found
+
+    async def open_round(self, id_: str) -> tuple[dict[str, Any], Stamp]:
+        """Who has contributed to the open round, and who is awaited. Raises NoRounds."""
+        found: tuple[dict[str, Any], Stamp] = await self._look(
+            id_, lambda live: (crowd.open_round(live, time.time()), live.stamp)
+        )
+        return found
 
     async def put_params(self, id_: str, params: Mapping[str, Array], if_match: Precondition | None) -> Stamp:
         size = sum(array.nbytes for array in params.values())
@@ -249,7 +310,7 @@ class Engine:
 
     async def history(self, id_: str, after: int, limit: int) -> list[Record]:
         await self._head(id_)
-        return [Record(*orjson.loads(line)[:6]) for line in await self._store.history(id_, after, limit)]
+        return [_record(orjson.loads(line)) for line in await self._store.history(id_, after, limit)]
 
     async def schedule(self, id_: str, steps: int) -> tuple[dict[str, Any], Stamp]:
         """The values that the hyperparameters will have over the next `steps` moves; the number of the first one."""
@@ -258,47 +319,11 @@ class Engine:
 
     async def wait(self, id_: str, after: int, seconds: float) -> bool:
         """True as soon as the session's step is greater than `after`; False when `seconds` are over."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + seconds
-        async with self._bells.listen(key(checked_id(id_))) as queue:
-            while True:
-                if (await self.stamp(id_)).step > after:
-                    return True
-                look = loop.time() + LOOK
-                while (limit := min(deadline, look)) > loop.time():
-                    try:
-                        async with asyncio.timeout_at(limit):
-                            message = (await queue.get()).split(" ")
-                    except TimeoutError:
-                        break
-                    if message[0] != "step" or int(message[1]) > after:
-                        break
-                if loop.time() >= deadline:
-                    return (await self.stamp(id_)).step > after
+        return await self._waiting.wait(checked_id(id_), after, seconds)
 
-    async def events(self, id_: str, after: int | None) -> AsyncIterator[Event]:
+    def events(self, id_: str, after: int | None) -> AsyncIterator[Event]:
         """What happens from now on, or from step `after` on; ends with the session."""
-        async with self._bells.listen(key(checked_id(id_))) as queue:
-            seen = (await self.stamp(id_)).step if after is None else after
-            while True:
-                try:
-                    now_at = await self.stamp(id_)
-                except SessionNotFound:
-                    yield Event("deleted", seen, "-")
-                    return
-                while seen < now_at.step and (lines := await self._store.history(id_, seen, 1000)):
-                    for line in lines:
-                        step, *_, commit = orjson.loads(line)
-                        yield Event("step", step, commit)
-                        seen = step
-                seen = max(seen, now_at.step)
-                try:
-                    async with asyncio.timeout(LOOK):
-                        await queue.get()
-                    while not queue.empty():
-                        queue.get_nowait()
-                except TimeoutError:
-                    continue
+        return self._waiting.events(checked_id(id_), after)
 
     async def ready(self) -> bool:
         """Whether the store answers."""
@@ -309,12 +334,6 @@ class Engine:
         return True
 
     # Queues
-
-    @property
-    def _bells(self) -> Bell:
-        if self._bell is None:
-            raise StoreUnavailable("the engine has not been started")
-        return self._bell
 
     async def _look(self, id_: str, read: Callable[[Live], Any], *, threaded: bool = False) -> Any:
         return await self._enqueue(id_, Look(new_future(), read, threaded))
@@ -345,7 +364,7 @@ class Engine:
                 else:
                     await self._committer.commit(live, self._take(live, Change))
                 live.taken.clear()
-                await self._snapshot_if_due(live)
+                await self._snapshots.write_if_due(live)
         except (CoreError, ServiceError) as error:
             self._abandon(live, error)
         except BaseException:
@@ -429,7 +448,7 @@ class Engine:
             if chosen is None:
                 return
             if len(chosen.log) >= WORTH_A_SNAPSHOT:
-                self._snapshot(chosen)
+                self._snapshots.begin(chosen)
             self._forget(chosen)
 
     def _forget(self, live: Live) -> None:
@@ -437,53 +456,10 @@ class Engine:
             del self._live[live.id]
             self._cost -= self._costs.pop(live.id, 0)
 
-    # Snapshots
 
-    async def _snapshot_if_due(self, live: Live) -> None:
-        """A small session's snapshot is written from a copy while it goes on; a large one waits for it.
-
-        A copy of Adam's slots weighs twice the gradient, and beside a step that would more than double what the step
-        takes. The bytes go through the same event loop either way, so waiting costs one step in a few some latency.
-        """
-        new = live.log_bytes - live.unwritten
-        if live.snapshot is not None or new <= max(live.session.state.nbytes, SNAPSHOT_FLOOR):
-            return
-        if live.session.state.nbytes < COPIED:
-            self._snapshot(live)
-        else:
-            await self._write_snapshot(live, *_basis(live), *files.snapshot(live, copy=False))
-
-    def _snapshot(self, live: Live) -> None:
-        """Writes a snapshot in the background."""
-        live.snapshot = self._spawn(self._write_snapshot(live, *_basis(live), *files.snapshot(live, copy=True)))
-
-    async def _write_snapshot(
-        self,
-        live: Live,
-        old: Head,
-        log_: Sequence[files.Logged],
-        tensors: Mapping[str, Array],
-        text: Mapping[str, str],
-    ) -> None:
-        """Writes the state as it was at `old`; `log_` are the entries up to there that no snapshot holds yet."""
-        snap, pieces = secrets.token_hex(4), safetensors.write(tensors, text)
-        gone = [(entry.commit, entry.chunks) for entry in log_]
-        try:
-            outcome = await self._store.snapshot(live.id, old, gone, old.seq, snap, pieces)
-            if outcome == "OK":
-                live.rebase(snap, sum(1 for _ in chunks_of(pieces)), old.seq)
-            elif (head := await self._store.head(live.id)) is not None:  # another replica was first
-                live.rebase(head.snap, head.chunks, head.base)
-        except ServiceError as error:
-            live.unwritten = live.log_bytes  # or a store that is full would be sent one after every step
-            log.warning("snapshot not written", session=live.id, reason=str(error))
-        finally:
-            live.snapshot = None
-
-
-def _basis(live: Live) -> tuple[Head, list[files.Logged]]:
-    """What a snapshot of `live` as it is now goes by, while `live` itself may go on."""
-    return replace(live.head), list(live.log)
+def _record(line: list[Any]) -> Record:
+    """A line of the history: with what a step costs of privacy before its commit, where that is counted."""
+    return Record(*line[:6])._replace(epsilon=line[6] if len(line) > 7 else None)
 
 
 def session_object(id_: str, head: Head) -> dict[str, Any]:

@@ -6,6 +6,7 @@ ServiceError
 ├── NotAcceptable         an Accept that nothing here satisfies (offered)
 ├── SessionNotFound
 ├── StepConflict          If-Match does not hold (step, commit)
+├── NoRounds              each contribution is a step (mode)
 ├── KeyReused             an Idempotency-Key that came with another body before
 ├── StoreUnavailable      the store does not answer; whether a write took effect is unknown
 ├── StoreFull
@@ -57,6 +58,11 @@ class StepConflict(ServiceError):
         super().__init__(f"If-Match does not hold: the session stands at step {step}")
         self.step = step
         self.commit = commit
+
+
+class NoRounds(ServiceError):
+    def __init__(self, mode: str) -> None:
+        super().__init__(f"in mode {mode} each contribution is a step: there are no rounds")
 
 
 class KeyReused(ServiceError):

@@ -1,4 +1,4 @@
-"""A pydantic model for every kind of optimizer, schedule and averaging, made from the core's own declarations.
+"""A pydantic model for every kind of optimizer, schedule, reducer and so on, made from the core's own declarations.
 
 The core declares each hyperparameter once: a dataclass field with its bounds. Validation, JSON Schema and the
 core cannot drift apart, because the first two are read off the third. Models are strict (`true` and `"1"` are no
@@ -29,8 +29,9 @@ from pydantic_core import CoreSchema, core_schema
 from typing_extensions import TypeAliasType
 
 from core import averaging, optimizers, schedules, transforms
+from core.aggregation import aggregation, reducers, staleness
 from core.errors import InvalidRecipe
-from core.recipe import describe
+from core.recipe import describe, member_of
 from service.faults import NUMBER, SCHEDULE
 
 
@@ -118,9 +119,9 @@ def _models(kinds: Mapping[str, type], suffix: str, member: Callable[[Any], Any]
 
 def _model(cls: Any, suffix: str, member: Callable[[Any], Any]) -> type[BaseModel]:
     hints = get_type_hints(cls, include_extras=True)
-    members: dict[str, Any] = {"kind": (Literal[cls.kind], ...)}
+    members: dict[str, Any] = {"kind": (Literal[cls.kind], ...)} if hasattr(cls, "kind") else {}
     for field in fields(cls):
-        members[field.name] = (member(hints[field.name]), _default(field.default))
+        members[member_of(field.name)] = (member(hints[field.name]), _default(field.default))
     made: type[BaseModel] = create_model(f"{cls.__name__}{suffix}", __base__=Strict, __doc__=cls.__doc__, **members)
     return made
 
@@ -128,7 +129,7 @@ def _model(cls: Any, suffix: str, member: Callable[[Any], Any]) -> type[BaseMode
 def _default(value: Any) -> Any:
     if value is MISSING:
         return ...
-    if isinstance(value, optimizers.Optimizer):
+    if isinstance(value, optimizers.Optimizer | reducers.Reducer):
         return Field(default=value, json_schema_extra={"default": describe(value)})
     return value
 
@@ -153,14 +154,48 @@ AVERAGINGS = _models(averaging.KINDS, "Averaging", _plain)
 ANY_OPTIMIZER = Kinds("Optimizer", OPTIMIZERS, by_name=True)
 TRANSFORMS = _models(transforms.KINDS, "Transform", _hyperparameter)
 ANY_TRANSFORM = Kinds("Transform", TRANSFORMS, by_name=True)
+REDUCERS = _models(reducers.KINDS, "Reducer", _plain)
+ANY_REDUCER = Kinds("Reducer", REDUCERS, by_name=True)
+STALENESS = _models(staleness.STALENESS, "Staleness", _plain)
+ANY_STALENESS = Kinds("Staleness", STALENESS, by_name=True)
+
+
+class OfModel:
+    """Annotates a field as an object of `model`, which is made while the program runs, so no type checker knows it."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.model = model
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return handler.generate_schema(self.model)
+
+
+def _shared(hint: Any) -> Any:
+    """The type of a member of `aggregation`."""
+    if hint is reducers.Reducer:
+        return Annotated[Any, ANY_REDUCER]
+    if hint is staleness.Staleness:
+        return Annotated[Any, ANY_STALENESS]
+    if hint is aggregation.DelayCompensation:
+        return Annotated[Any, OfModel(DELAY_COMPENSATION)]
+    return _member(hint, _shared)
+
+
+DELAY_COMPENSATION = _model(aggregation.DelayCompensation, "", _plain)
+AGGREGATION = _model(aggregation.Aggregation, "", _shared)
 
 _CLASSES: dict[type[BaseModel], Any] = {
+    DELAY_COMPENSATION: aggregation.DelayCompensation,
+    AGGREGATION: aggregation.Aggregation,
+} | {
     model: kinds[kind]
     for models, kinds in (
         (SCHEDULES, schedules.KINDS),
         (OPTIMIZERS, optimizers.KINDS),
         (AVERAGINGS, averaging.KINDS),
         (TRANSFORMS, transforms.KINDS),
+        (REDUCERS, reducers.KINDS),
+        (STALENESS, staleness.STALENESS),
     )
     for kind, model in models.items()
 }
@@ -176,7 +211,7 @@ def core_object(value: Any) -> Any:
     made = {}
     for field in fields(cls):
         try:
-            made[field.name] = core_object(getattr(value, field.name))
+            made[field.name] = core_object(getattr(value, member_of(field.name)))
         except InvalidRecipe as error:  # of a method that is wrapped
             error.pointer = f"/{field.name}{error.pointer}"
             raise
@@ -193,7 +228,7 @@ class _PlainNames(GenerateJsonSchema):
 @cache
 def _definitions() -> dict[str, Any]:
     """The JSON Schemas of all kinds and of their parts by name: made at once, having most parts in common."""
-    families: list[Mapping[str, type[BaseModel]]] = [OPTIMIZERS, SCHEDULES, AVERAGINGS, TRANSFORMS]
+    families: list[Mapping[str, type[BaseModel]]] = [OPTIMIZERS, SCHEDULES, AVERAGINGS, TRANSFORMS, REDUCERS, STALENESS]
     return _schemas([model for family in families for model in family.values()], "#/$defs/{model}")
 
 

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from core.contributions import Entry, NewParams, NewRecipe
+from core.contributions import Closing, Contribution, Entry, Gradient, NewParams, NewRecipe, Pull, Reduced
 from core.errors import CoreError, InvalidState
 from core.evaluate import Evaluator
 from core.layout import Array
-from core.session import Session
-from core.state import State, state_of, tensors_of
+from core.session import Outcome, Session
+from core.state import State, state_of, tensors_of, workers_of
 from service import tensors as forms
 from service.documents import Document, Point, Stamp
 from service.errors import Corrupt, Fault, InvalidRequest
@@ -35,6 +35,9 @@ WINDOW = 4096
 # What a session costs beside its arrays, in bytes: objects, names, buffers; measured with 10 parameters.
 OVERHEAD = 10 * 1024
 KEY_COST = 400
+WORKER_COST = 400
+# Whose updates are kept of a round: everybody's.
+ROUND = ":round"
 # How many values of schedules are computed for one request.
 MOST_VALUES = 250_000
 
@@ -42,12 +45,23 @@ DocumentReader = Callable[[Mapping[str, Any]], Document]
 
 
 class Done(NamedTuple):
-    """What is remembered of a step that had an Idempotency-Key."""
+    """What is remembered of a step that had an Idempotency-Key, or of a contribution to the round `step` that was its
+    number `position`; lr and grad_norm are then those of the round, which nobody knew.
+    """
 
     digest: str
     step: int
     commit: str
     worker: str
+    lr: float
+    grad_norm: float
+    position: int = 0
+
+
+class Closed(NamedTuple):
+    """The last round that was closed: what its workers are told of it."""
+
+    step: int
     lr: float
     grad_norm: float
 
@@ -85,10 +99,34 @@ class Live:
     runner: "asyncio.Task[None] | None" = None
     snapshot: "asyncio.Task[None] | None" = None
     points: dict[str, Point] = field(default_factory=dict)
+    closed: Closed | None = None
+    asked: bool = False  # whether a worker of the open round wants the updates, though the parameters are held
 
     @property
     def stamp(self) -> Stamp:
-        return Stamp(self.session.state.step, self.head.commit)
+        return Stamp(self.session.state.step, self.head.mark)
+
+    @property
+    def quiet(self) -> bool:
+        """Whether there are entries that change nothing a client can see."""
+        aggregation = self.session.recipe.aggregation
+        return aggregation.rounds or aggregation.delay_compensation is not None
+
+    def closable(self, at: float) -> bool:
+        """Whether the open round is full, or over with enough contributions, at the time `at`."""
+        return self.session.state.ledger.closable(self.session.recipe.aggregation, at)
+
+    def due(self, round_: int, at: float) -> float | None:
+        """When `round_` is over, if it is the open one and its time is still to come at the time `at`."""
+        deadline = self.session.state.ledger.deadline(self.session.recipe.aggregation)
+        if self.session.state.step + 1 != round_ or deadline is None or deadline <= at:
+            return None
+        return deadline
+
+    @property
+    def wants_updates(self) -> bool:
+        """Whether the updates of the open round are to be kept."""
+        return self.asked or self.session.state.params is None
 
     @property
     def idle(self) -> bool:
@@ -98,7 +136,8 @@ class Live:
     def cost(self) -> int:
         """Bytes of memory, estimated."""
         kept = sum(entry.updates.nbytes for entry in self.kept.values())
-        return self.session.state.nbytes + kept + KEY_COST * len(self.done) + OVERHEAD
+        workers = WORKER_COST * len(self.session.state.ledger.workers)
+        return self.session.state.nbytes + kept + KEY_COST * len(self.done) + workers + OVERHEAD
 
     def rebase(self, snap: str, chunks: int, base: int) -> None:
         """The store has the snapshot `snap` of the state after entry `base`; the log begins behind it."""
@@ -108,14 +147,16 @@ class Live:
         del self.log[: max(len(self.log) - (self.head.seq - base), 0)]
         self.log_bytes, self.unwritten = sum(entry.size for entry in self.log), 0
 
-    def advance(self, entry_commit: str, chunks: int, size: int, updated_at: str) -> None:
-        """Memory stands at `entry_commit` now."""
+    def advance(self, entry_commit: str, chunks: int, size: int, updated_at: str, *, visible: bool = True) -> None:
+        """Memory stands at `entry_commit` now; not `visible`: it changed nothing that a client can see."""
+        if visible:
+            self.head.mark = entry_commit
+            self.points.clear()
         self.head.commit, self.head.step = entry_commit, self.session.state.step
         self.head.updated_at, self.head.held = updated_at, self.session.state.params is not None
         self.head.seq += 1
         self.log.append(Logged(entry_commit, chunks, size))
         self.log_bytes += size
-        self.points.clear()
 
     def remember(self, key: str, done: Done, updates: Array | None) -> None:
         self.done[key] = done
@@ -126,6 +167,13 @@ class Live:
             kept = self.kept.get(forgotten.worker)
             if kept is not None and kept.step == forgotten.step:  # nobody can ask for them any more
                 del self.kept[forgotten.worker]
+
+    def close_round(self, outcome: Outcome, lr: float, grad_norm: float) -> None:
+        """What is remembered of the round that became the step of `outcome`."""
+        self.closed, self.asked = Closed(outcome.step, lr, grad_norm), False
+        self.kept.pop(ROUND, None)
+        if outcome.updates is not None:
+            self.kept[ROUND] = Kept(outcome.step, outcome.updates)
 
     def frozen(self) -> Session:
         """The session as it stands now, in arrays that no later step changes."""
@@ -156,8 +204,11 @@ def entry_of(entry: LogEntry, read_document: DocumentReader) -> tuple[Entry, Doc
     try:
         match text["kind"]:
             case "step":
-                loss = float(text["loss"]) if "loss" in text else None
-                return forms.of_tensors(entry.tensors, loss, "partial" in text), None
+                return _contribution(entry), None
+            case "close":
+                return Closing(int(text["round"])), None
+            case "pull":
+                return Pull(text["worker"], float(text["at"])), None
             case "params":
                 return NewParams(entry.tensors), None
             case "document":
@@ -167,6 +218,24 @@ def entry_of(entry: LogEntry, read_document: DocumentReader) -> tuple[Entry, Doc
                 raise Corrupt(f"the log has an entry of the unknown kind {kind!r}")
     except (KeyError, ValueError, CoreError) as error:
         raise Corrupt(f"an entry of the log cannot be read: {error}") from None
+
+
+def _contribution(entry: LogEntry) -> Contribution:
+    text = entry.metadata
+    loss = float(text["loss"]) if "loss" in text else None
+    read = forms.of_tensors(entry.tensors, loss, "partial" in text)
+    payload = text.get("sent", "gradients")
+    if payload not in ("gradients", "deltas", "params"):
+        raise ValueError(f"there is no payload {payload!r}")
+    return replace(
+        read,
+        payload=payload,  # type: ignore[arg-type]  # just compared with all that there are
+        worker=text.get("worker"),
+        base_step=int(text["base_step"]) if "base_step" in text else None,
+        weight=float(text.get("weight", "1")),
+        at=float(text.get("at", "0")),
+        pulls="pulls" in text,
+    )
 
 
 def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
@@ -179,21 +248,28 @@ def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
         checked = live.session.check(parsed)
     except CoreError as error:
         raise Corrupt(f"entry {text['commit']!r} cannot be applied: {error}") from None
-    rate = live.session.rate() if "key" in text else 0.0
-    outcome = live.session.apply(checked, want_updates="updates" in text)
+    closing, round_step = isinstance(checked, Reduced), live.session.state.step + 1
+    rate = live.session.rate() if closing or "key" in text else 0.0
+    outcome = live.session.apply(checked, want_updates=live.wants_updates if closing else "updates" in text)
     if document is not None:
         live.document = document
-    live.advance(text["commit"], entry.chunks, entry.size, text["time"])
+    contributed = isinstance(checked, Gradient) and live.session.recipe.aggregation.rounds
+    visible = not contributed and not isinstance(checked, Pull)
+    live.advance(text["commit"], entry.chunks, entry.size, text["time"], visible=visible)
+    if isinstance(checked, Reduced):
+        live.close_round(outcome, rate, checked.norm)
+    live.asked |= bool(contributed) and "updates" in text
     if "key" in text:
         done = Done(
             digest=text["digest"],
-            step=outcome.step,
+            step=round_step if contributed else outcome.step,
             commit=text["commit"],
             worker=text.get("worker", ""),
             lr=rate,
             grad_norm=float(text["norm"]),
+            position=live.session.state.ledger.received if contributed else 0,
         )
-        live.remember(text["key"], done, outcome.updates if "updates" in text else None)
+        live.remember(text["key"], done, None if contributed or "updates" not in text else outcome.updates)
 
 
 def preview(session: Session, steps: int) -> dict[str, Any]:
@@ -223,6 +299,9 @@ def checkpoint(session: Session, document: Document) -> tuple[dict[str, Array], 
     text = {"ravine": FORMAT, "step": str(session.state.step), "recipe": orjson.dumps(described).decode()}
     if session.state.moves != session.state.step:
         text["moves"] = str(session.state.moves)
+    workers = workers_of(session.state)
+    if workers:
+        text["workers"] = orjson.dumps(workers).decode()
     return tensors_of(session.recipe, session.state), text
 
 
@@ -230,7 +309,11 @@ def snapshot(live: Live, *, copy: bool) -> tuple[dict[str, Array], dict[str, str
     """The checkpoint, and what only the service remembers: from a copy, or views of what the next step changes."""
     session = live.frozen() if copy else live.session
     tensors, text = checkpoint(session, live.document)
-    text |= {"commit": live.head.commit, "seq": str(live.head.seq)}
+    text |= {"commit": live.head.commit, "mark": live.head.mark, "seq": str(live.head.seq)}
+    if live.closed is not None:
+        text["closed"] = orjson.dumps([*live.closed]).decode()
+    if live.asked:
+        text["asked"] = "true"
     if live.done:
         text["keys"] = orjson.dumps([[key, *done] for key, done in live.done.items()]).decode()
     if live.kept:
@@ -252,12 +335,15 @@ def restored(
     try:
         described = orjson.loads(text["recipe"])
         step, moves = (_count(text.get(name, text["step"])) for name in ("step", "moves"))
+        workers = orjson.loads(text.get("workers", "{}"))
     except (KeyError, ValueError) as error:
         raise InvalidState(f"the checkpoint's text cannot be read: {error!r}") from None
+    if not isinstance(workers, dict):
+        raise InvalidState("the checkpoint's `workers` is no object")
     if not isinstance(described, dict) or not 0 <= step <= MAX_INTEGER:
         raise InvalidState("the checkpoint's `recipe` is no object, or its `step` is no step")
     document = read_document(described | {"created_at": created_at})
-    state = state_of(document.recipe, step, tensors, moves)
+    state = state_of(document.recipe, step, tensors, moves, workers)
     return Session(document.recipe, state, evaluator), document
 
 
@@ -274,8 +360,11 @@ def revive(id_: str, stored: Stored, read_document: DocumentReader, evaluator: E
         session, document = restored(tensors, text, created_at, read_document, evaluator)
         keys = orjson.loads(text.get("keys", "[]"))
         workers = orjson.loads(text.get("kept", "[]"))
-        here = replace(head, commit=text["commit"], seq=int(text["seq"]))
+        mark = text.get("mark", text["commit"])
+        here = replace(head, commit=text["commit"], mark=mark, seq=int(text["seq"]))
         live = Live(id_, session, document, here)
+        live.closed = Closed(*orjson.loads(text["closed"])) if "closed" in text else None
+        live.asked = "asked" in text
         live.done.update((key, Done(*done)) for key, *done in keys)
         for i, (worker, step) in enumerate(workers):
             live.kept[worker] = Kept(step, stored.tensors[f":update:{i}"].copy())

@@ -34,8 +34,17 @@ class LogItem:
     tensors: Mapping[str, Array]
     head: dict[str, str | int | bytes] = field(default_factory=dict)
     record: bytes | None = None
+    round: "Received | None" = None  # of a contribution to an open round: nothing that a client can see changes
     size: int = 0
     staged: "Staged | None" = None
+
+
+class Received(NamedTuple):
+    """How far a round is: `received` of `needed` contributions."""
+
+    round: int
+    received: int
+    needed: int
 
 
 class Staged(NamedTuple):
@@ -58,9 +67,10 @@ class LogEntry(NamedTuple):
 
 @dataclass(slots=True)
 class Head:
-    """Where a session stands in the store."""
+    """Where a session stands in the store. `mark` is the last commit that changed what a client can see."""
 
     commit: str
+    mark: str
     step: int
     seq: int
     base: int
@@ -134,7 +144,7 @@ def chunks_of(pieces: Pieces) -> Iterable[bytes | memoryview]:
 def parse(data: bytes | memoryview) -> tuple[dict[str, Array], dict[str, str]]:
     """Raises Corrupt. A snapshot has several tensors for each of a session's, and thousands of keys in its text."""
     try:
-        return safetensors.read(data, bounded=False)
+        return safetensors.read(data, bounded=False, dtypes=safetensors.STEP_DTYPES)
     except WireError as error:
         raise Corrupt(f"a stored value is not what was put there: {error}") from None
 
@@ -147,6 +157,7 @@ def head_of(reply: Any) -> Head | None:
     try:
         return Head(
             commit=fields["commit"].decode(),
+            mark=fields.get("mark", fields["commit"]).decode(),
             step=int(fields["step"]),
             seq=int(fields["seq"]),
             base=int(fields["base"]),

@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any, Final
 
 from core.layout import Array, Layout
-from service.documents import Applied, Event, Point, Stamp
+from service.documents import Applied, Event, Pending, Point, Stamp
 from service.errors import StepConflict
 from service.http import MEDIA_TYPES, Format, Piece, Reply
 from service.problems import RequestTimeout, problem_of
 from service.wire import json, safetensors
 
 SMALL: Final = 1 << 16  # elements
+WAIT: Final = 30  # seconds that a client is told to wait for a round
 REPLAYED: Final = (b"ravine-replayed", b"true")
 MINIMAL: Final = (b"preference-applied", b"return=minimal")
 REVALIDATE: Final = ((b"cache-control", b"no-cache"), (b"vary", b"accept"))
@@ -44,6 +45,16 @@ def step(form: Format, applied: Applied) -> Reply:
     headers = stamped(applied.stamp)
     if applied.replayed:
         headers.append(REPLAYED)
+    told = None if applied.point is None else applied.point.encoded.get(f"round {form}")
+    if told is not None:  # many workers are told the same of their round
+        return Reply(200, [_TYPES[form], *headers], told)
+    reply = _step(form, applied, headers)
+    if applied.point is not None:
+        applied.point.encoded[f"round {form}"] = reply.pieces
+    return reply
+
+
+def _step(form: Format, applied: Applied, headers: list[tuple[bytes, bytes]]) -> Reply:
     flat = applied.params if applied.params is not None else applied.updates
     metrics = {"lr": applied.lr, "grad_norm": applied.grad_norm, **applied.metrics}
     skipped = {"skipped": True} if applied.skipped else {}
@@ -55,6 +66,18 @@ def step(form: Format, applied: Applied) -> Reply:
     if flat is not None:
         content["updates" if applied.params is None else "params"] = applied.layout.views(flat)
     return document(200, content | {"metrics": metrics} | skipped, headers)
+
+
+def pending(contribution: Pending, path: str) -> Reply:
+    """A contribution that waits in a round: 202, and where its parameters will be."""
+    headers = stamped(contribution.stamp)
+    if contribution.held:
+        params = path.removesuffix("/steps") + f"/params?after={contribution.round - 1}&wait={WAIT}"
+        headers.append((b"location", params.encode()))
+    if contribution.replayed:
+        headers.append(REPLAYED)
+    content = {"round": contribution.round, "received": contribution.received, "needed": contribution.needed}
+    return document(202, content, headers)
 
 
 # `Engine.step` calls these.
@@ -86,8 +109,12 @@ def checkpoint(session: str, tensors: Mapping[str, Array], metadata: Mapping[str
 
 def server_sent(event: Event) -> bytes:
     """An event as text/event-stream has it (HTML, 9.2)."""
-    etag = {} if event.kind == "deleted" else {"etag": Stamp(event.step, event.commit).etag}
-    data = json.dumps({"step": event.step, **etag})
+    more: dict[str, Any]
+    if event.received is not None:
+        more = dict(zip(("round", "received", "needed"), event.received, strict=True))
+    else:
+        more = {} if event.kind == "deleted" else {"etag": Stamp(event.step, event.commit).etag}
+    data = json.dumps({"step": event.step, **more})
     return b"id: %d\nevent: %s\ndata: %s\n\n" % (event.step, event.kind.encode(), data)
 
 

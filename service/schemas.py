@@ -29,20 +29,24 @@ from pydantic import (
 )
 from typing_extensions import TypeAliasType
 
+from core.aggregation.aggregation import Aggregation
 from core.errors import InvalidRecipe
 from core.layout import MAX_DIMENSIONS, MAX_SIZE, Array, Layout
 from core.optimizers import KINDS, Optimizer
 from core.optimizers.wrappers import Wrapper
 from core.recipe import Group, Recipe, describe
 from core.transforms import Transform
+from service import privacy
 from service.documents import Document
 from service.errors import Fault, InvalidRequest
 from service.faults import faults_of
 from service.kinds import (
+    AGGREGATION,
     ANY_OPTIMIZER,
     ANY_TRANSFORM,
     AVERAGINGS,
     Kinds,
+    OfModel,
     Strict,
     by_name,
     core_object,
@@ -96,7 +100,10 @@ NonFinitePolicy = Literal["reject", "skip"]
 NamedOptimizer = Annotated[Any, ANY_OPTIMIZER]
 NamedTransform = Annotated[Any, ANY_TRANSFORM]
 Transforms = Annotated[list[NamedTransform], Field(max_length=MAX_TRANSFORMS)]
+NamedAggregation = Annotated[Any, OfModel(AGGREGATION)]
 NamedAveraging = Annotated[Any, Kinds("Averaging", AVERAGINGS, by_name=True)]
+Count = Annotated[int, Field(ge=0)]
+Moment = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
 
 
 Tensor = TypeAliasType(
@@ -126,12 +133,6 @@ class HyperparameterGroup(Strict):
     frozen: bool = False
 
 
-class Aggregation(Strict):
-    """How the gradients of several workers become steps: each of them is one."""
-
-    mode: Literal["async"] = "async"
-
-
 class _Settings(Strict):
     optimizer: NamedOptimizer
     dtype: Dtype = "float32"
@@ -141,6 +142,9 @@ class _Settings(Strict):
     transforms: Transforms = Field(default=[])
     state_dtype: StateDtype | None = None
     state_seed: Seed | None = None
+    aggregation: NamedAggregation = Field(
+        default=AGGREGATION(reduce="mean"), json_schema_extra={"default": {"mode": "async"}}
+    )
 
 
 class NewSession(_Settings):
@@ -152,7 +156,6 @@ class NewSession(_Settings):
     shapes: dict[str, Shape] = Field(default_factory=dict)
     name: Name | None = None
     labels: Labels = Field(default={})
-    aggregation: Aggregation = Aggregation()
 
 
 class RecipeDocument(_Settings):
@@ -166,8 +169,17 @@ class SessionDocument(RecipeDocument):
 
     name: Name | None
     labels: Labels
-    aggregation: Aggregation
     created_at: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")]
+
+
+class Privacy(Strict):
+    """What the noise of a session's steps is worth: (ε, δ)-differential privacy, by Rényi accounting."""
+
+    epsilon: Annotated[float | None, Field(description="Spent so far; null: no finite one is known.")]
+    delta: float
+    noise_multiplier: float
+    sampling_rate: float
+    steps: Count
 
 
 class Session(SessionDocument):
@@ -180,6 +192,43 @@ class Session(SessionDocument):
     holds_params: Annotated[bool, Field(description="Whether the server holds the parameters.")]
     skipped: Annotated[int, Field(ge=0, description="Gradients that were not finite, and not applied.")]
     updated_at: str
+    privacy: Annotated[Privacy | None, Field(description="It is there where steps have noise.")] = None
+
+
+class Pending(Strict):
+    """A contribution that was taken into a round, which is open yet."""
+
+    round: Annotated[int, Field(ge=1, description="The step that the round will give.")]
+    received: Annotated[int, Field(ge=1, description="Which contribution of the round it is.")]
+    needed: Annotated[int, Field(ge=1, description="How many close the round.")]
+
+
+class Worker(Strict):
+    """A worker that has named itself, by all that it has sent to the session."""
+
+    worker: str
+    contributions: Count
+    last_seen: Moment
+    last_step: Annotated[int, Field(ge=0, description="The step, or round, that its last contribution went into.")]
+    staleness: Annotated[int, Field(ge=0, description="How many steps old that was.")]
+    weight: Annotated[float, Field(description="How much that counted.")]
+    clock: Annotated[int, Field(ge=0, description="By which mode `ssp` compares workers.")]
+    gone: Annotated[bool, Field(description="Not heard of for `worker_timeout`: nobody waits for it.")]
+
+
+class Round(Strict):
+    """The open round of a session of the mode `sync` or `buffered`."""
+
+    round: Annotated[int, Field(ge=1, description="The step that it will give.")]
+    step: Annotated[int, Field(ge=0, description="Where the session stands.")]
+    received: Count
+    needed: Annotated[int, Field(ge=1, description="How many contributions close it.")]
+    quorum: Annotated[int, Field(ge=1, description="The fewest that may close it, once it is over.")]
+    contributed: Annotated[list[str], Field(description="Who has contributed, in this order.")]
+    anonymous: Annotated[int, Field(ge=0, description="Contributions that named nobody, or one that is named already.")]
+    awaited: Annotated[list[str], Field(description="Workers that are not gone and have not contributed to it.")]
+    opened_at: Annotated[Moment | None, Field(description="When its first contribution came; null before.")]
+    deadline: Annotated[Moment | None, Field(description="When `quorum` are enough; null: never, or nobody has come.")]
 
 
 class SessionPatch(Strict):
@@ -372,14 +421,26 @@ def _recipe(parsed: _Settings, shapes: Mapping[str, Any], where: str = "shapes")
             _transforms(parsed.transforms),
             parsed.state_dtype,
             seed,
+            _aggregation(parsed.aggregation),
         )
     except InvalidRecipe as error:
         error.pointer = error.pointer.replace("/shapes", f"/{where}", 1)
         raise _rooted(error) from None
 
 
+def _aggregation(parsed: Any) -> Aggregation:
+    """Raises InvalidRecipe, InvalidRequest."""
+    if parsed.noise_multiplier is not None:
+        if not privacy.available():
+            raise InvalidRequest([Fault("/aggregation/noise_multiplier", "this service has no privacy accounting")])
+        if parsed.seed is None:
+            parsed = parsed.model_copy(update={"seed": secrets.randbelow(MAX_INTEGER)})
+    made: Aggregation = _at("/aggregation", parsed)
+    return made
+
+
 def _document(parsed: "NewSession | SessionDocument", recipe: Recipe, **more: str) -> Document:
-    return Document(recipe, parsed.name, parsed.labels, parsed.aggregation.model_dump(), **more)
+    return Document(recipe, parsed.name, parsed.labels, **more)
 
 
 def _tensors(params: dict[str, Any]) -> dict[str, Array]:

@@ -41,7 +41,11 @@ class AddNoise(Transform):
         return True
 
 
-def normal(size: int, seed: int, t: int, name: str) -> Array:
-    """`size` numbers of the standard normal distribution, float64, in a stream of its own for each (seed, t, name)."""
-    key = hashlib.blake2b(f"{seed}:{t}:{name}".encode(), digest_size=16).digest()
+def normal(size: int, seed: int, t: int, name: str, domain: str = "") -> Array:
+    """`size` numbers of the standard normal distribution, float64, in a stream of its own for each (seed, t, name).
+
+    Whoever else draws names a `domain`, a word: their streams are then others for the same three.
+    """
+    words = (domain, f"{seed}", f"{t}", name) if domain else (f"{seed}", f"{t}", name)
+    key = hashlib.blake2b(":".join(words).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).standard_normal(size)

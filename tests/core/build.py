@@ -6,8 +6,9 @@ from typing import Any, Literal
 import numpy as np
 
 from core import averaging, schedules, transforms
+from core.aggregation.aggregation import ASYNC, Aggregation
 from core.averaging import Averaging
-from core.contributions import Contribution
+from core.contributions import Closing, Contribution
 from core.evaluate import Evaluator
 from core.layout import Array, Layout
 from core.optimizers import KINDS, Optimizer
@@ -66,13 +67,14 @@ def make(
     averaging: Averaging | None = None,
     transforms: Sequence[Transform | Mapping[str, Any]] = (),
     state_dtype: Literal["bfloat16"] | None = None,
+    aggregation: Aggregation = ASYNC,
 ) -> Session:
     """A session at step 0 that starts from `params`, or whose client holds them."""
     arrays = {name: np.asarray(value, np.float64) for name, value in params.items()}
     layout = Layout({name: array.shape for name, array in arrays.items()})
     made = tuple(t if isinstance(t, Transform) else transform_of(t) for t in transforms)
     seed = None if state_dtype is None else 12345
-    recipe = Recipe(optimizer, layout, dtype, tuple(groups), averaging, "reject", made, state_dtype, seed)
+    recipe = Recipe(optimizer, layout, dtype, tuple(groups), averaging, "reject", made, state_dtype, seed, aggregation)
     return Session.new(recipe, arrays if held else None, evaluator or Evaluator())
 
 
@@ -82,6 +84,11 @@ def step(
     """Checks and applies one contribution; `beside` are its other members."""
     checked = session.check(Contribution(gradients, **beside))
     return session.apply(checked, want_updates=want_updates, fresh=fresh)
+
+
+def close(session: Session, **options: Any) -> Outcome:
+    """Makes a step of the open round."""
+    return session.apply(session.check(Closing(session.state.step + 1)), **options)
 
 
 def go(session: Session, gradients: Mapping[str, Any], *, at: int | None = None, **options: Any) -> Outcome:

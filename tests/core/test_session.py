@@ -718,6 +718,7 @@ def test_describe_has_every_default_filled_in() -> None:
         "state_dtype": None,
         "state_seed": None,
         "transforms": [],
+        "aggregation": {"mode": "async", "reduce": {"kind": "mean"}, "worker_timeout": 60.0},
     }
 
 

@@ -169,7 +169,7 @@ def test_what_looks_like_an_id_and_is_none(client: httpx.Client) -> None:
     "path",
     [
         "/v1", "/v1/", "/v2/sessions", "/v1/sessions/", "/v1/sessions//", "/v1/sessions//steps", "/v1/session",
-        "/V1/sessions", "//v1/sessions", "/v1/optimizers/", "/v1/reducers/mean", "/v1/reducers/%00",
+        "/V1/sessions", "//v1/sessions", "/v1/optimizers/", "/v1/reducer/mean",
         "/problems/", "/openapi", "/openapi.json/", "/docs/", "/redoc",
         "/favicon.ico", "/%00", "/%0d%0aX: y", "/..", "/" + "x" * 8000,
         "/v1/sessions/ses_00000000000000000000/steps/", "/v1/sessions/ses_00000000000000000000/steps/1",
@@ -183,7 +183,7 @@ def test_other_paths(client: httpx.Client, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/optimizers/nadamax", "/v1/schedules/x%00", "/problems/none-such", "/problems/%0a"]
+    "path", ["/v1/optimizers/nadamax", "/v1/reducers/%00", "/v1/schedules/x%00", "/problems/none-such", "/problems/%0a"]
 )
 def test_kinds_and_problems_that_there_are_none_of(client: httpx.Client, path: str) -> None:
     refused(client.get(path), 404, "not-found")

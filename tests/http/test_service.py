@@ -139,10 +139,6 @@ def test_the_schemas_of_the_catalogue_are_enough_to_make_a_session(client: httpx
         assert shown == [dict.fromkeys(members) | transform]
 
 
-def test_families_without_kinds(client: httpx.Client) -> None:
-    assert client.get("/v1/reducers").json() == {"data": [], "has_more": False}
-
-
 # -- problems, document, reference ---------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ MEMBERS = {
     "transforms", "groups", "averaging", "aggregation", "non_finite", "created_at", "updated_at", "skipped",
     "state_dtype", "state_seed",
 }  # fmt: skip
+ASYNC = {"mode": "async", "reduce": {"kind": "mean"}, "worker_timeout": 60.0}
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
 
@@ -70,7 +71,7 @@ def test_what_is_left_out_is_shown_with_its_default(client: httpx.Client) -> Non
     adam |= {"eps_hat": False, "amsgrad": False, "nesterov": False, "cautious": False}
     assert made["optimizer"] == {"kind": "adam"} | adam
     assert (made["name"], made["labels"], made["groups"], made["transforms"]) == (None, {}, [], [])
-    assert (made["averaging"], made["aggregation"], made["non_finite"]) == (None, {"mode": "async"}, "reject")
+    assert (made["averaging"], made["aggregation"], made["non_finite"]) == (None, ASYNC, "reject")
     assert (made["dtype"], made["holds_params"], made["size"], made["state_bytes"]) == ("float32", False, 6, 48)
 
 
@@ -91,7 +92,7 @@ def test_what_is_given_is_shown_as_it_is(client: httpx.Client) -> None:
         "labels": {"team": "vision", "ünïcode": "", "path": "a:b:c"},
         "groups": [{"match": "*.weight", "lr": 0.5}, {"match": "c", "frozen": True}],
         "non_finite": "skip",
-        "aggregation": {"mode": "async"},
+        "aggregation": ASYNC,
     }
     made = create(client, **body)
     assert {name: made[name] for name in body} == body | {"groups": made["groups"]}

@@ -101,7 +101,8 @@ async def created(engine: Engine, **body: Any) -> str:
 def request(value: float, size: int = 3, **members: Any) -> StepRequest:
     gradient = np.full(size, -value, np.float32)
     digest = hashlib.sha1(gradient).hexdigest()
-    return StepRequest(Contribution({"w": gradient}), members.pop("returns", None), 4 * size, digest=digest, **members)
+    contribution = Contribution({"w": gradient}, worker=members.pop("worker", None))
+    return StepRequest(contribution, members.pop("returns", None), 4 * size, digest=digest, **members)
 
 
 def copied(applied: Applied) -> Applied:
@@ -111,7 +112,9 @@ def copied(applied: Applied) -> Applied:
 
 
 async def step(engine: Engine, session: str, value: float = 1.0, **members: Any) -> Applied:
-    return await engine.step(session, request(value, **members), copied)
+    told = await engine.step(session, request(value, **members), copied)
+    assert isinstance(told, Applied)  # of a session without rounds
+    return told
 
 
 async def params(engine: Engine, session: str) -> list[float]:
@@ -403,7 +406,7 @@ def test_a_store_that_went_back_is_followed_and_not_harmed(run: Run) -> None:
         for name, value in before.items():
             await world.raw.restore(name, 0, value, replace=True)
         live = engine._live[session]
-        engine._snapshot(live)  # as when it leaves memory
+        engine._snapshots.begin(live)  # as when it leaves memory
         assert live.snapshot is not None
         await live.snapshot
         assert await params(await world.replica(), session) == [3.0] * 3

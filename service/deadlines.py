@@ -1,0 +1,124 @@
+"""When rounds are over: kept in the store, so that whichever replica is alive sees to it.
+
+The replica that takes in the first contribution of a round enters its deadline before the round is open, and sets an
+alarm. Every replica looks at the coming deadlines now and then, and sets alarms for those of others as well, a little
+later: by then the replica at which the round is hot has closed it, unless it is not there any more. So a round is
+closed within milliseconds of its deadline, and within some tens of them if its replica died. Closing one twice cannot
+happen: it is a commit like any other.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from core.errors import CoreError
+from service.errors import Corrupt, ServiceError, SessionNotFound, StoreUnavailable
+from service.store import Store
+
+log = structlog.get_logger("ravine.deadlines")
+
+# Seconds between two looks, and by how much an alarm for somebody else's round is later than its deadline.
+LOOK, GRACE = 0.25, 0.03
+# The loop's timers are a millisecond off the clock at times.
+EARLY = 0.001
+# So many deadlines are looked at at once.
+MANY = 1000
+
+Alarm = tuple[str, int]
+
+
+class Deadlines:
+    """`close(session, round)` closes a round, or raises what stands in its way. `start` before, `stop` in the end."""
+
+    def __init__(self, store: Store, close: Callable[[str, int], Awaitable[object]]) -> None:
+        self._store = store
+        self._close = close
+        self._alarms: dict[Alarm, asyncio.Task[None]] = {}
+        self._due: dict[Alarm, float] = {}  # when each of them rings
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._watcher: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """What is not closed by now is another replica's, or the next process's."""
+        tasks = [task for task in (self._watcher, *self._alarms.values(), *self._tasks) if task is not None]
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def announce(self, session: str, round_: int, due: float) -> None:
+        """`round_` may be closed when it is `due`, in Unix seconds. Raises StoreUnavailable, StoreFull."""
+        await self._store.announce(session, round_, due)
+        if due > time.time():
+            self._set(session, round_, due, foreign=False)
+
+    async def put_off(self, session: str, round_: int, due: float) -> None:
+        """An alarm rang, and the round is open until `due`: what was entered was of a contribution that somebody else's
+        came before, or that never made it into the log. Raises StoreUnavailable, StoreFull.
+        """
+        await self._store.announce(session, round_, due)
+        self._set(session, round_, due, foreign=False)
+
+    def seen_to(self, session: str, round_: int) -> None:
+        """It is closed. Nobody waits for the store to know: an alarm too many does nothing."""
+        alarm = self._alarms.get((session, round_))
+        if alarm is not None and alarm is not asyncio.current_task():
+            alarm.cancel()
+        self._spawn(self._forget(session, round_))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _forget(self, session: str, round_: int) -> None:
+        with contextlib.suppress(ServiceError):
+            await self._store.seen_to(session, round_)
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(StoreUnavailable):
+                for session, round_, due in await self._store.deadlines(time.time() + 2 * LOOK, MANY):
+                    if (session, round_) not in self._alarms:
+                        self._set(session, round_, due + GRACE, foreign=True)
+            await asyncio.sleep(LOOK)
+
+    def _set(self, session: str, round_: int, at: float, *, foreign: bool) -> None:
+        alarm = (session, round_)
+        self._due[alarm] = at
+        if alarm not in self._alarms:
+            task = self._alarms[alarm] = asyncio.create_task(self._watch_over(alarm, foreign=foreign))
+            task.add_done_callback(lambda _: self._drop(alarm))
+
+    def _drop(self, alarm: Alarm) -> None:
+        del self._alarms[alarm], self._due[alarm]
+
+    async def _watch_over(self, alarm: Alarm, *, foreign: bool) -> None:
+        """Rings when it is due, and again where it was put off meanwhile."""
+        rang = 0.0
+        while (at := self._due[alarm]) > rang:
+            # A clock that is set back meanwhile makes it early: nothing can be closed then, and the entry must stay.
+            await asyncio.sleep(max(0.0, at - time.time() + EARLY))
+            await self._ring(*alarm, foreign=foreign)
+            rang = at
+
+    async def _ring(self, session: str, round_: int, *, foreign: bool) -> None:
+        try:
+            if foreign and not await self._store.is_due(session, round_):
+                return
+            await self._close(session, round_)
+        except (CoreError, SessionNotFound, Corrupt) as error:
+            # It was closed, never opened, or waits for its quorum: the contribution that brings that closes it.
+            log.debug("nothing to close", session=session, round=round_, reason=str(error))
+            if time.time() >= self._due[session, round_]:
+                await self._forget(session, round_)
+        except ServiceError as error:  # the store is away: the next look sets another alarm
+            log.warning("round not closed yet", session=session, round=round_, reason=str(error))

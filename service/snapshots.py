@@ -1,0 +1,77 @@
+"""Snapshots: when the log of a session outweighs its state, the state is written anew and the log is cut."""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from core.layout import Array
+from service import live as files
+from service.errors import ServiceError
+from service.live import Live
+from service.records import Head, chunks_of
+from service.store import Store
+from service.wire import safetensors
+
+log = structlog.get_logger("ravine.snapshots")
+
+SNAPSHOT_FLOOR = 64 * 1024
+# A state of so many bytes is not copied for its snapshot.
+COPIED = 4 * 1024 * 1024
+
+
+class Snapshots:
+    """`spawn` starts a task that the engine waits for when it stops."""
+
+    def __init__(self, store: Store, spawn: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]) -> None:
+        self._store = store
+        self._spawn = spawn
+
+    async def write_if_due(self, live: Live) -> None:
+        """A small session's snapshot is written from a copy while it goes on; a large one waits for it.
+
+        A copy of Adam's slots weighs twice the gradient, and beside a step that would more than double what the step
+        takes. The bytes go through the same event loop either way, so waiting costs one step in a few some latency.
+        """
+        new = live.log_bytes - live.unwritten
+        if live.snapshot is not None or new <= max(live.session.state.nbytes, SNAPSHOT_FLOOR):
+            return
+        if live.session.state.nbytes < COPIED:
+            self.begin(live)
+        else:
+            await self._write(live, *_basis(live), *files.snapshot(live, copy=False))
+
+    def begin(self, live: Live) -> None:
+        """Writes a snapshot in the background."""
+        live.snapshot = self._spawn(self._write(live, *_basis(live), *files.snapshot(live, copy=True)))
+
+    async def _write(
+        self,
+        live: Live,
+        old: Head,
+        log_: Sequence[files.Logged],
+        tensors: Mapping[str, Array],
+        text: Mapping[str, str],
+    ) -> None:
+        """Writes the state as it was at `old`; `log_` are the entries up to there that no snapshot holds yet."""
+        snap, pieces = secrets.token_hex(4), safetensors.write(tensors, text)
+        gone = [(entry.commit, entry.chunks) for entry in log_]
+        try:
+            outcome = await self._store.snapshot(live.id, old, gone, old.seq, snap, pieces)
+            if outcome == "OK":
+                live.rebase(snap, sum(1 for _ in chunks_of(pieces)), old.seq)
+            elif (head := await self._store.head(live.id)) is not None:  # another replica was first
+                live.rebase(head.snap, head.chunks, head.base)
+        except ServiceError as error:
+            live.unwritten = live.log_bytes  # or a store that is full would be sent one after every step
+            log.warning("snapshot not written", session=live.id, reason=str(error))
+        finally:
+            live.snapshot = None
+
+
+def _basis(live: Live) -> tuple[Head, list[files.Logged]]:
+    """What a snapshot of `live` as it is now goes by, while `live` itself may go on."""
+    return replace(live.head), list(live.log)
