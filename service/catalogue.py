@@ -17,11 +17,13 @@ from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 import numpy as np
 
 from core import optimizers, schedules, transforms
+from core.aggregation import reducers, staleness
+from core.aggregation.reducers import Reducer
 from core.errors import InvalidRecipe
 from core.optimizers import ElementWise, Optimizer, TensorWise, Whole
 from core.optimizers.rule import Own
 from core.optimizers.wrappers import Wrapper, chain
-from service.kinds import OPTIMIZERS, SCHEDULES, TRANSFORMS, json_schema
+from service.kinds import OPTIMIZERS, REDUCERS, SCHEDULES, STALENESS, TRANSFORMS, json_schema
 
 BYTES: Final = {name: np.dtype(name).itemsize for name in ("float32", "float64")}
 MATRIX: Final = (1024, 768)
@@ -44,6 +46,17 @@ def transform_entries() -> tuple[dict[str, Any], ...]:
     return tuple(_transform(kind, cls) for kind, cls in transforms.KINDS.items())
 
 
+@cache
+def reducer_entries() -> tuple[dict[str, Any], ...]:
+    return tuple(_reducer(kind, cls) for kind, cls in reducers.KINDS.items())
+
+
+@cache
+def staleness_entries() -> tuple[dict[str, Any], ...]:
+    """Not a family of its own: they stand beside the reducers."""
+    return tuple(_entry(kind, cls, json_schema(STALENESS[kind])) for kind, cls in staleness.STALENESS.items())
+
+
 def none_yet() -> tuple[dict[str, Any], ...]:
     return ()
 
@@ -53,7 +66,7 @@ FAMILIES: Final[dict[str, Callable[[], tuple[dict[str, Any], ...]]]] = {
     "optimizers": optimizer_entries,
     "schedules": schedule_entries,
     "transforms": transform_entries,
-    "reducers": none_yet,
+    "reducers": reducer_entries,
 }
 
 
@@ -127,6 +140,15 @@ def _transform(kind: str, cls: Any) -> dict[str, Any]:
         "own": list(usual.own()),
         "bytes_per_parameter": {dtype: size * len(usual.slots) for dtype, size in BYTES.items()},
         "row_sparse": usual.keeps_rows,
+    }
+
+
+def _reducer(kind: str, cls: type[Reducer]) -> dict[str, Any]:
+    return _entry(kind, cls, json_schema(REDUCERS[kind])) | {
+        # Contributions that an open round holds: each the size of a gradient.
+        "keeps": "one" if cls.running else "all",
+        "least": cls().least,
+        "weighted": cls.weighted,
     }
 
 

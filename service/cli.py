@@ -99,6 +99,12 @@ def transforms(kind: Kind = None, markdown: Markdown = False) -> None:
     _tell("transforms", kind, markdown=markdown)
 
 
+@cli.command()
+def reducers(kind: Kind = None, markdown: Markdown = False) -> None:
+    """List the ways in which many contributions become one gradient, or tell all about one."""
+    _tell("reducers", kind, markdown=markdown)
+
+
 def _tell(family: str, kind: str | None, *, markdown: bool) -> None:
     if markdown:
         typer.echo(listing.markdown(family), nl=False)

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from core.contributions import Checked, Closing, Gradient, NewParams, NewRecipe, Pull, Reduced
+from core.contributions import Checked, Closing, Contribution, Gradient, NewParams, NewRecipe, Pull, Reduced
 from core.errors import CoreError, NonFinite, ParamsNotHeld, RoundOpen
 from core.layout import Array
 from core.session import Outcome
@@ -32,6 +32,7 @@ from service.store import Outcome as Appended
 from service.store import Store
 
 T = TypeVar("T")
+EMPTY = Contribution({})
 
 
 class Committer:
@@ -272,6 +273,7 @@ class Committer:
             live.remember(request.key, plan.done, updates)
         if plan.position:
             live.asked |= wanted == "updates"
+            request.contribution = EMPTY  # it is in the round: its body must not be there when that is closed
             told = answers.of_round(live, request, outcome.step + 1, plan.position)
             self._reply(change, replace(told, over=plan.closes) if isinstance(told, Pending) else told)
             return

@@ -465,9 +465,10 @@ def _record(line: list[Any]) -> Record:
 def session_object(id_: str, head: Head) -> dict[str, Any]:
     """What a client is shown of a session."""
     document: dict[str, Any] = orjson.loads(head.document)
-    size, slot_bytes = document.pop("size"), document.pop("slot_bytes")
+    size, slot_bytes, round_bytes = (document.pop(name, 0) for name in ("size", "slot_bytes", "round_bytes"))
     held = size * (8 if document["dtype"] == "float64" else 4) if head.held else 0
     first = {"id": id_, "name": document.pop("name"), "labels": document.pop("labels"), "step": head.step}
-    last = {"size": size, "state_bytes": slot_bytes + held, "holds_params": head.held, "skipped": head.skipped}
+    last = {"size": size, "state_bytes": slot_bytes + held, "round_bytes": round_bytes}
+    last |= {"holds_params": head.held, "skipped": head.skipped}
     created = document.pop("created_at")
     return first | document | last | {"created_at": created, "updated_at": head.updated_at}

@@ -1,4 +1,6 @@
-"""The catalogue for people: as text for a terminal, and as docs/optimizers.md, schedules.md and transforms.md."""
+"""The catalogue for people: as text for a terminal, and as docs/optimizers.md, schedules.md, transforms.md and
+reducers.md, where what an old contribution counts is, too.
+"""
 
 import difflib
 import textwrap
@@ -9,7 +11,12 @@ from service import catalogue
 
 WIDTH: Final = 100
 
-TITLES: Final = {"optimizers": "Optimizers", "schedules": "Schedules", "transforms": "Transforms"}
+TITLES: Final = {
+    "optimizers": "Optimizers",
+    "schedules": "Schedules",
+    "transforms": "Transforms",
+    "reducers": "Reducers",
+}
 INTRODUCTIONS: Final = {
     "optimizers": """
 Every kind that `optimizer` of `POST /v1/sessions` may name, with its defaults: by its name alone, or as an object such
@@ -34,20 +41,45 @@ What `transforms` of `POST /v1/sessions` may list: they act on the gradient in t
 each on what the one before it made. What one remembers is part of the session's state, under its name in the
 checkpoint.
 """,
+    "reducers": """
+What `reduce` of `aggregation` in `POST /v1/sessions` may name: how the contributions of a round become the one gradient
+that the optimizer sees, whichever optimizer that is. By its name alone, or as an object such as
+`{"kind": "krum", "byzantine": 2}`. n is the number of contributions, g are they, w their weights, f is `byzantine`.
+How much an old contribution counts, [`staleness`](#staleness), is below.
+
+`mean` and `sum` take contributions in as they come and hold one gradient, however many workers there are; the others
+hold all of them until the round is over. Those that do not weigh count heads: a worker cannot count for more by saying
+so.
+""",
 }
+# Member of an entry -> its column in the table at the head of a page.
+COLUMNS: Final = {"bytes_per_parameter": "bytes per parameter", "keeps": "gradients held", "least": "contributions ≥"}
+STALENESS: Final = """## Staleness
+
+What `staleness` of `aggregation` may name: the factor s of a contribution by its age τ, which is the number of steps
+since those parameters that its gradient was taken at (its `base_step`). Without it an old one counts like a new one.
+"""
 
 
 def overview(family: str) -> str:
     """All kinds of a family, a line each."""
     entries = catalogue.FAMILIES[family]()
-    width = max(len(entry["kind"]) for entry in entries) + 2
-    lines = [f"{entry['kind']:{width}}{_short(entry['summary'], WIDTH - width)}" for entry in entries]
+    lines = list(_lines(entries))
+    if family == "reducers":
+        lines += ["", "By its age, a contribution counts:", *_lines(catalogue.staleness_entries())]
     return "\n".join([*lines, "", f"ravine {family} KIND tells all about one.", ""])
+
+
+def _lines(entries: tuple[dict[str, Any], ...]) -> Iterator[str]:
+    width = max(len(entry["kind"]) for entry in entries) + 2
+    for entry in entries:
+        yield f"{entry['kind']:{width}}{_short(entry['summary'], WIDTH - width)}"
 
 
 def page(family: str, kind: str) -> str:
     """One kind, whole. Raises LookupError with a sentence."""
-    entries = {entry["kind"]: entry for entry in catalogue.FAMILIES[family]()}
+    beside = catalogue.staleness_entries() if family == "reducers" else ()
+    entries = {entry["kind"]: entry for entry in (*catalogue.FAMILIES[family](), *beside)}
     if kind not in entries:
         near = difflib.get_close_matches(kind, entries, n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else f"; ravine {family} lists them"
@@ -68,21 +100,24 @@ def markdown(family: str) -> str:
     entries = catalogue.FAMILIES[family]()
     made = f"<!-- Made by `make docs` from the declarations in core/. -->\n\n# {TITLES[family]}\n"
     parts = [made + INTRODUCTIONS[family].rstrip() + "\n", *_index(entries), *map(_section, entries)]
+    if family == "reducers":
+        ages = catalogue.staleness_entries()
+        parts += [STALENESS, *_index(ages), *(_section(entry, "###") for entry in ages)]
     return "\n".join(parts)
 
 
 def _index(entries: tuple[dict[str, Any], ...]) -> Iterator[str]:
-    sized = "bytes_per_parameter" in entries[0]
-    yield "| kind | |" + (" bytes per parameter |" if sized else "")
-    yield "|---|---|" + ("---|" if sized else "")
+    columns = [name for name in COLUMNS if name in entries[0]]
+    yield " | ".join(["| kind |", *map(COLUMNS.__getitem__, columns)]) + " |"
+    yield "|---|---|" + "---|" * len(columns)
     for entry in entries:
-        size = f" {entry['bytes_per_parameter']['float32']} |" if sized else ""
-        yield f"| [`{entry['kind']}`](#{entry['kind']}) | {_cell(entry['summary'])} |{size}"
+        told = [entry[name]["float32"] if name == "bytes_per_parameter" else entry[name] for name in columns]
+        yield " | ".join([f"| [`{entry['kind']}`](#{entry['kind']})", _cell(entry["summary"]), *map(str, told)]) + " |"
     yield ""
 
 
-def _section(entry: dict[str, Any]) -> str:
-    parts = [f"## {entry['kind']}", "", entry["description"], "", "```math", entry["formula"], "```", ""]
+def _section(entry: dict[str, Any], level: str = "##") -> str:
+    parts = [f"{level} {entry['kind']}", "", entry["description"], "", "```math", entry["formula"], "```", ""]
     rows = list(_members(entry))
     if rows:
         parts += ["| member | default | |", "|---|---|---|"]
@@ -158,6 +193,9 @@ def _remarks(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Rows", "a row-sparse gradient touches its rows alone"
     if entry.get("bfloat16"):
         yield "bfloat16", "`state_dtype` may be `bfloat16`"
+    if "keeps" in entry:
+        yield "An open round holds", "one gradient" if entry["keeps"] == "one" else "all its contributions"
+        yield "Weights", "count" if entry["weighted"] else "do not count"
 
 
 def _cell(text: str) -> str:

@@ -289,7 +289,9 @@ def preview(session: Session, steps: int) -> dict[str, Any]:
 def describe(document: Document) -> dict[str, Any]:
     """The document with what a listing needs to know without its arrays."""
     recipe = document.recipe
-    return document.describe() | {"size": recipe.layout.size, "slot_bytes": recipe.state_bytes()}
+    vectors = recipe.aggregation.vectors() * recipe.layout.size * recipe.numpy_dtype.itemsize
+    sizes = {"size": recipe.layout.size, "slot_bytes": recipe.state_bytes(), "round_bytes": vectors}
+    return document.describe() | sizes
 
 
 def checkpoint(session: Session, document: Document) -> tuple[dict[str, Array], dict[str, str]]:

@@ -7,7 +7,8 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from service import examples, kinds, schemas
-from service.operations import BASE64, OPERATIONS, SAFETENSORS, Answer, Content, Operation
+from service.operation import BASE64, SAFETENSORS, Answer, Content, Operation
+from service.operations import OPERATIONS
 from service.problems import MEDIA_TYPE, PROBLEMS
 
 _DESCRIPTION: Final = f"""\
@@ -25,6 +26,7 @@ but for the stream of events.
 
 _STRING: Final = {"type": "string"}
 _STEP_NUMBER: Final = {"type": "integer", "minimum": 0}
+_WORKER: Final = "^[A-Za-z0-9._-]{1,64}$"
 
 
 def _ref(section: str, name: str) -> dict[str, str]:
@@ -54,6 +56,7 @@ PARAMETERS: Final[dict[str, dict[str, Any]]] = {
         "query", "limit", {"type": "integer", "minimum": 1, "maximum": 100, "default": 100}, 100, "At most so many."
     ),
     "AfterKind": _parameter("query", "after", _STRING, "adam", "The last kind of the page before."),
+    "AfterWorker": _parameter("query", "after", _STRING, "worker-3", "The last name of the page before."),
     "AfterSession": _parameter("query", "after", _STRING, examples.OTHER_ID, "The last id of the page before."),
     "Label": _parameter(
         "query", "label", _STRING, "team:vision", "Only sessions with this label: a key, ':', a value."
@@ -82,6 +85,13 @@ PARAMETERS: Final[dict[str, dict[str, Any]]] = {
         30,
         "Wait at most so many seconds for a step greater than `after`, then answer 304.",
     ),
+    "Puller": _parameter(
+        "query",
+        "worker",
+        {"type": "string", "pattern": _WORKER},
+        "worker-3",
+        "Who pulls them. Where delays are compensated it is remembered; elsewhere it has no effect.",
+    ),
     "Return": _parameter(
         "query",
         "return",
@@ -100,7 +110,7 @@ PARAMETERS: Final[dict[str, dict[str, Any]]] = {
     "Worker": _parameter(
         "query",
         "worker",
-        {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+        {"type": "string", "pattern": _WORKER},
         "worker-3",
         "The sender's name." + _IN_BODY,
     ),
@@ -113,6 +123,14 @@ PARAMETERS: Final[dict[str, dict[str, Any]]] = {
         {"type": "number", "exclusiveMinimum": 0, "default": 1},
         32,
         "How much the contribution counts." + _IN_BODY,
+    ),
+    "Payload": _parameter(
+        "query",
+        "payload",
+        {"enum": ["gradients", "deltas", "params"], "default": "gradients"},
+        "deltas",
+        "What the tensors of a safetensors body are: gradients; the worker's parameters minus those it started from; "
+        "or its parameters. In JSON they stand under the member of that name.",
     ),
     "IfMatch": _parameter(
         "header",
@@ -131,7 +149,13 @@ PARAMETERS: Final[dict[str, dict[str, Any]]] = {
         "0b9f8a52-step-1",
         "Apply the step once, however often it is sent. The session remembers the last 4,096 keys.",
     ),
-    "Prefer": _parameter("header", "Prefer", _STRING, "return=minimal", "`return=minimal` is `return=none`."),
+    "Prefer": _parameter(
+        "header",
+        "Prefer",
+        _STRING,
+        "return=minimal, wait=30",
+        "`return=minimal` is `return=none`. `wait=30` waits so many seconds, at most 60, for the round to be closed.",
+    ),
     "LastEventId": _parameter("header", "Last-Event-ID", _STRING, "41", "Go on after the event with this id."),
 }
 
@@ -140,14 +164,21 @@ HEADERS: Final[dict[str, tuple[str, Any]]] = {
     "Ravine-Step": ("The step of the session.", "1"),
     "Ravine-Replayed": ("`true` if the step was applied before, under the same Idempotency-Key.", "true"),
     "Preference-Applied": ("`return=minimal` if Prefer asked for it.", "return=minimal"),
-    "Location": ("The path of the new session.", f"/v1/sessions/{examples.SESSION_ID}"),
+    "Location": (
+        "The path of the new session; of a 202, where to wait for the parameters.",
+        f"/v1/sessions/{examples.SESSION_ID}",
+    ),
     "Link": ("Where to go on, if there are more.", '</v1/sessions/…/history?after=1000&limit=1000>; rel="next"'),
     "Retry-After": ("Seconds after which to try again.", "1"),
     "Accept": ("The media types that are read, or Accept-Encoding with the codings.", "application/json"),
 }
 
-# Headers of refusals, by status.
-_REFUSAL_HEADERS: Final = {415: ("Accept",), 503: ("Retry-After",)}
+# Headers of refusals, by slug.
+_REFUSAL_HEADERS: Final = {
+    "unsupported-media-type": "Accept",
+    "too-far-ahead": "Retry-After",
+    "store-unavailable": "Retry-After",
+}
 
 
 def _object(required: Iterable[str], **properties: Any) -> dict[str, Any]:
@@ -159,6 +190,12 @@ def _list_of(item: dict[str, Any]) -> dict[str, Any]:
 
 
 _TENSORS: Final = {"type": "object", "additionalProperties": _ref("schemas", "Tensor")}
+_SCALE: Final = {
+    "type": "number",
+    "description": "If it is there, the values are integers from -128 to 127, to be multiplied by it.",
+}
+_FORMS: Final = [_ref("schemas", name) for name in ("Tensor", "RowSparse", "TopK", "Quantized")]
+_CONTRIBUTED: Final = {"type": "object", "additionalProperties": {"anyOf": _FORMS}}
 _NULLABLE_NUMBER: Final = {"type": ["number", "null"]}
 _NAMES: Final = {"type": "array", "items": _STRING}
 _BY_DTYPE: Final = {"type": "object", "additionalProperties": {"type": "number"}}
@@ -169,23 +206,45 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
     "Empty": _object([]),
     "Status": _object(["status"], status=_STRING),
     "SessionList": _list_of(_ref("schemas", "Session")),
+    "WorkerList": _list_of(_ref("schemas", "Worker")),
     "RowSparse": _object(
         ["indices", "values"],
         indices={"type": "array", "items": _STEP_NUMBER, "description": "Row numbers; rows named twice are summed."},
         values=_ref("schemas", "Tensor"),
+        scale=_SCALE,
+    ),
+    "TopK": _object(
+        ["positions", "values"],
+        positions={
+            "type": "array",
+            "items": _STEP_NUMBER,
+            "description": "Places in the flat, row-major tensor; places named twice are summed, others are zero.",
+        },
+        values={"type": "array", "items": {"type": "number"}, "description": "As many as there are positions."},
+        scale=_SCALE,
+    ),
+    "Quantized": _object(
+        ["values", "scale"],
+        values={**_ref("schemas", "Tensor"), "description": "Integers from -128 to 127."},
+        scale={"type": "number", "description": "A value is scale times its integer."},
     ),
     "Step": _object(
-        ["gradients"],
-        gradients={
-            "type": "object",
-            "additionalProperties": {"anyOf": [_ref("schemas", "Tensor"), _ref("schemas", "RowSparse")]},
+        [],
+        gradients={**_CONTRIBUTED, "description": "By tensor."},
+        deltas={
+            **_CONTRIBUTED,
+            "description": "In place of `gradients`: the worker's parameters minus those it started from.",
         },
         loss={
             "type": "number",
             "description": "The loss at the gradient's point; kept in the history. Line searches, polyak_sgd and the "
             "schedule plateau need it.",
         },
-        params={**_TENSORS, "description": "The parameters' values, where the client holds them and the method asks."},
+        params={
+            **_TENSORS,
+            "description": "Beside `gradients` or `deltas`: the parameters' values, where the client holds them and "
+            "the method asks. Alone, in a session that holds its own: the worker's parameters.",
+        },
         hessian={**_ref("schemas", "Tensor"), "description": "n × n over the flat parameters, in `shapes`' order."},
         hessian_diagonal={**_TENSORS, "description": "An estimate of the Hessian's diagonal, for sophia."},
         partial={"type": "boolean", "default": False, "description": "Tensors that are left out keep still."},
@@ -193,7 +252,11 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         base_step=_STEP_NUMBER,
         weight=PARAMETERS["Weight"]["schema"],
         **{"return": PARAMETERS["Return"]["schema"]},
-    ),
+    )
+    | {
+        "anyOf": [{"required": [name]} for name in ("gradients", "deltas", "params")],
+        "not": {"required": ["gradients", "deltas"]},
+    },
     "StepReply": _object(
         ["step", "metrics"],
         step=_STEP_NUMBER,
@@ -218,6 +281,10 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         grad_norm=_NULLABLE_NUMBER,
         lr={"type": "number"},
         worker={"type": ["string", "null"]},
+        epsilon={
+            **_NULLABLE_NUMBER,
+            "description": "Spent by then, where there is differential privacy; null: no finite one is known.",
+        },
     ),
     "Preview": _object(
         ["step", "first", "values"],
@@ -263,6 +330,9 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         bfloat16={"type": "boolean", "description": "Whether `state_dtype` may be bfloat16."},
         hands_out_points={"type": "boolean", "description": "Whether `at=next` differs, by the defaults."},
         holds_params={"type": "boolean", "description": "Whether the server must hold the parameters."},
+        least={"type": "integer", "description": "Of a reducer: the fewest contributions, by the defaults."},
+        keeps={"enum": ["one", "all"], "description": "Of a reducer: the arrays that an open round takes."},
+        weighted={"type": "boolean", "description": "Of a reducer: whether it looks at `weight`."},
     ),
     "Catalogue": _list_of(_ref("schemas", "CatalogueEntry")),
     "Problem": {
@@ -283,6 +353,13 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
             "expected": {"type": "array", "items": _STEP_NUMBER},
             "received": {"type": "array", "items": _STEP_NUMBER},
             "step": _STEP_NUMBER,
+            "staleness": _STEP_NUMBER,
+            "max_staleness": _STEP_NUMBER,
+            "round": _STEP_NUMBER,
+            "worker": _STRING,
+            "clock": _STEP_NUMBER,
+            "slowest": _STEP_NUMBER,
+            "bound": _STEP_NUMBER,
             "limit": {"type": "integer"},
             "accepted": _NAMES,
             "offered": _NAMES,
@@ -301,6 +378,9 @@ def openapi(version: str) -> dict[str, Any]:
         schemas.NewSession,
         schemas.SessionPatch,
         schemas.Session,
+        schemas.Pending,
+        schemas.Worker,
+        schemas.Round,
         *kinds.AVERAGINGS.values(),
     ]
     return {
@@ -376,6 +456,7 @@ def _refusals(operation: Operation) -> dict[str, Any]:
             "description": "; ".join(f"`{slug}`: {PROBLEMS[slug].title}" for slug in slugs),
             "content": {MEDIA_TYPE: {"schema": _ref("schemas", "Problem"), "examples": shown}},
         }
-        if status in _REFUSAL_HEADERS:
-            made[str(status)]["headers"] = {name: _ref("headers", name) for name in _REFUSAL_HEADERS[status]}
+        headers = [_REFUSAL_HEADERS[slug] for slug in slugs if slug in _REFUSAL_HEADERS]
+        if headers:
+            made[str(status)]["headers"] = {name: _ref("headers", name) for name in headers}
     return made

@@ -110,6 +110,13 @@ PROBLEMS: Final[dict[str, Entry]] = {
         "The `indices` of a row-sparse tensor are not row numbers of it.",
         "Send one flat list of integers, each at least 0 and less than the first dimension of the tensor in `tensor`.",
     ),
+    "positions-mismatch": Entry(
+        422,
+        "The positions do not fit the tensor",
+        "The `positions` of a tensor that was sent as single elements are not positions in it.",
+        "Send one flat list of integers: the places in the flat, row-major tensor, each at least 0 and less than the "
+        "number of elements of the tensor in `tensor`.",
+    ),
     "non-finite": Entry(
         422,
         "A tensor holds NaN or infinity",
@@ -123,7 +130,8 @@ PROBLEMS: Final[dict[str, Entry]] = {
         "The body is not a safetensors file that is read here",
         "The file is cut short, its header is over 1 MiB or names a tensor twice, its tensors overlap or leave holes, "
         "or one has a dtype that is not read.",
-        "Write the file with a safetensors library, in F64, F32, F16 or BF16 (I64 for row numbers).",
+        "Write the file with a safetensors library, in F64, F32, F16 or BF16 (I64 for row numbers and positions). The "
+        "gradients or deltas of a step may be I8 if a scale is beside them, as `w:scale`.",
     ),
     "params-required": Entry(
         422,
@@ -151,6 +159,26 @@ PROBLEMS: Final[dict[str, Entry]] = {
         "The optimizer (a line search, a step size after Polyak) or a schedule (`plateau`) looks at the loss, and the "
         "step came without it.",
         "Send the loss at the point where the gradient was taken, as `loss`.",
+    ),
+    "worker-required": Entry(
+        422,
+        "The contribution does not say who sent it",
+        "What becomes of a contribution goes by its worker in this session, as in mode `ssp` and where delays are "
+        "compensated, and it names none.",
+        "Send `worker`: a name of your own for each sender, the same in all that it sends.",
+    ),
+    "base-step-required": Entry(
+        422,
+        "The contribution does not say how old it is",
+        "The session looks at the age of contributions (`max_staleness`, `staleness`); this one has no `base_step`.",
+        "Send `base_step`: the step of the parameters at which the gradient was taken, `Ravine-Step` where they came.",
+    ),
+    "not-reducible": Entry(
+        422,
+        "The session's aggregation has no meaning for it",
+        "A reducer that compares contributions needs whole ones; the noise of differential privacy is enough for equal "
+        "weights and whole contributions alone; and a worker's parameters are whole tensors.",
+        "The detail says which. Send all tensors, and no `weight`; or open a session that aggregates otherwise.",
     ),
     "key-reused": Entry(
         422,
@@ -209,6 +237,44 @@ PROBLEMS: Final[dict[str, Entry]] = {
         "The session was made from `shapes`, so the server keeps the moments only.",
         "Read updates from the replies to steps; or, at step 0, give the parameters to the session by PUT.",
     ),
+    "stale-gradient": Entry(
+        409,
+        "The contribution is too old",
+        "It is `staleness` steps old, and the session allows `max_staleness`.",
+        "Pull the parameters of `step`, take the gradient there, and send that.",
+    ),
+    "base-step-ahead": Entry(
+        409,
+        "The contribution's base step is yet to come",
+        "`base_step` is greater than `step`, at which the session stands: it is of another session, or the store lost "
+        "steps.",
+        "Pull the parameters anew.",
+    ),
+    "not-pulled": Entry(
+        409,
+        "The worker pulled other parameters last",
+        "A delay is compensated from the parameters that the worker pulled last, which are those of `step`, and its "
+        "gradient is of others.",
+        "Name the worker when it pulls: GET /v1/sessions/{id}/params?worker=…, or take what its step is answered with.",
+    ),
+    "already-contributed": Entry(
+        409,
+        "The worker has contributed to this round",
+        "In mode `sync` each `worker` contributes once to a round, and its contribution to `round` is there.",
+        "Wait for the round: GET /v1/sessions/{id}/params?after=… Send repeats with the same Idempotency-Key.",
+    ),
+    "too-far-ahead": Entry(
+        409,
+        "The worker is too far ahead of the slowest",
+        "In mode `ssp` a worker at `clock` waits until the `slowest` is at most `bound` behind.",
+        "Send it again later, or with `Prefer: wait=30`, which waits for the turn.",
+    ),
+    "no-rounds": Entry(
+        404,
+        "The session has no rounds",
+        "In its mode each contribution is a step.",
+        "Rounds are what a session of the mode `sync` or `buffered` has.",
+    ),
     "step-conflict": Entry(
         412,
         "The session stands at another step",
@@ -253,10 +319,19 @@ SLUGS: Final[dict[type[Exception], str]] = {
     core.ParamsNotHeld: "params-not-held",
     core.HessianRequired: "hessian-required",
     core.LossRequired: "loss-required",
+    core.WorkerRequired: "worker-required",
+    core.BaseStepRequired: "base-step-required",
+    core.BaseStepAhead: "base-step-ahead",
+    core.StaleGradient: "stale-gradient",
+    core.NotPulled: "not-pulled",
+    core.AlreadyContributed: "already-contributed",
+    core.TooFarAhead: "too-far-ahead",
+    core.NotReducible: "not-reducible",
     core.UnknownTensor: "unknown-tensor",
     core.MissingGradient: "missing-gradient",
     core.NonFinite: "non-finite",
     core.RowsMismatch: "rows-mismatch",
+    core.PositionsMismatch: "positions-mismatch",
     core.ShapeMismatch: "shape-mismatch",
     wire.MalformedJSON: "malformed-json",
     wire.InvalidValue: "invalid-request",
@@ -268,6 +343,7 @@ SLUGS: Final[dict[type[Exception], str]] = {
     service.NotAcceptable: "not-acceptable",
     service.SessionNotFound: "session-not-found",
     service.StepConflict: "step-conflict",
+    service.NoRounds: "no-rounds",
     service.KeyReused: "key-reused",
     service.StoreUnavailable: "store-unavailable",
     service.StoreFull: "store-full",
@@ -356,7 +432,13 @@ def _members(error: Exception) -> dict[str, Any]:
 
 def _limits(error: Exception) -> dict[str, Any]:
     match error:
-        case service.StepConflict():
+        case core.StaleGradient():
+            return {"step": error.step, "staleness": error.staleness, "max_staleness": error.limit}
+        case core.AlreadyContributed():
+            return {"round": error.round, "worker": error.worker}
+        case core.TooFarAhead():
+            return {"clock": error.clock, "slowest": error.slowest, "bound": error.bound}
+        case service.StepConflict() | core.BaseStepAhead() | core.NotPulled():
             return {"step": error.step}
         case wire.BodyTooLarge():
             return {"limit": error.limit}
@@ -371,6 +453,8 @@ def _headers(error: Exception) -> dict[str, str]:
     match error:
         case service.StoreUnavailable():
             return {"Retry-After": str(error.retry_after)}
+        case core.TooFarAhead():
+            return {"Retry-After": "1"}
         case service.UnsupportedMedia():
             # RFC 9110, 12.5.3 and 15.5.16: which of the two headers was refused is told by the one in the reply.
             coding = set(error.accepted) <= set(ENCODINGS)

@@ -189,6 +189,9 @@ class Session(SessionDocument):
     step: Annotated[int, Field(ge=0, description="The number of gradients taken so far.")]
     size: Annotated[int, Field(ge=0, description="The number of parameters.")]
     state_bytes: Annotated[int, Field(ge=0, description="Bytes of all slots, and of the parameters if they are held.")]
+    round_bytes: Annotated[
+        int, Field(ge=0, description="Bytes that an open round, or the workers' backups, may take beside them.")
+    ]
     holds_params: Annotated[bool, Field(description="Whether the server holds the parameters.")]
     skipped: Annotated[int, Field(ge=0, description="Gradients that were not finite, and not applied.")]
     updated_at: str

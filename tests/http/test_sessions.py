@@ -20,7 +20,7 @@ from tests.wire import SAFETENSORS, create, params
 MEMBERS = {
     "id", "name", "labels", "step", "optimizer", "dtype", "shapes", "size", "state_bytes", "holds_params",
     "transforms", "groups", "averaging", "aggregation", "non_finite", "created_at", "updated_at", "skipped",
-    "state_dtype", "state_seed",
+    "state_dtype", "state_seed", "round_bytes",
 }  # fmt: skip
 ASYNC = {"mode": "async", "reduce": {"kind": "mean"}, "worker_timeout": 60.0}
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
