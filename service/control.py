@@ -205,7 +205,8 @@ class Sessions:
     async def open_round(self, request: Request, session: str) -> Response:
         _no_query(request)
         found, stamp = await self._engine.open_round(session)
-        return _json(found, headers=_stamped(stamp))
+        # Without an ETag: contributions change what is told here, and not the session's.
+        return _json(found, headers=_FRESH | {"Ravine-Step": str(stamp.step)})
 
     async def schedule(self, request: Request, session: str) -> Response:
         call = _call(request)

@@ -161,10 +161,13 @@ class Engine:
             found["privacy"] = await self._committer.compute(True, crowd.privacy_of, aggregation, head.step)
         return found
 
-    async def stamp(self, id_: str) -> Stamp:
-        """Where the session stands. Cheaper than the session object: each waiter asks every now and then."""
+    async def stamp(self, id_: str, *, last: bool = False) -> Stamp:
+        """Where the session stands; by the `last` commit, even if nothing that a client sees but a checkpoint changed.
+
+        Cheaper than the session object: each waiter asks every now and then.
+        """
         head = await self._head(id_)
-        return Stamp(head.step, head.mark)
+        return Stamp(head.step, head.commit if last else head.mark)
 
     async def _head(self, id_: str) -> Head:
         head = await self._store.head(checked_id(id_))
@@ -303,7 +306,7 @@ class Engine:
         """The checkpoint's tensors and text, in arrays of its own."""
 
         def copy(live: Live) -> tuple[dict[str, Array], dict[str, str], Stamp]:
-            return *files.checkpoint(live.frozen(), live.document), live.stamp
+            return *files.checkpoint(live.frozen(), live.document), Stamp(live.session.state.step, live.head.commit)
 
         result: tuple[dict[str, Array], dict[str, str], Stamp] = await self._look(id_, copy, threaded=True)
         return result

@@ -211,7 +211,9 @@ STEPS: Final = (
         description="There is always an open round in a session of the mode `sync` or `buffered`, be it empty. Its "
         "contributions do not change the session's ETag.",
         parameters=("Session",),
-        answers={200: Answer("The open round.", (in_json("Round", "two of four", examples.open_round()),), STAMPED)},
+        answers={
+            200: Answer("The open round.", (in_json("Round", "two of four", examples.open_round()),), ("Ravine-Step",))
+        },
         problems=(*SESSION, "no-rounds"),
     ),
 )

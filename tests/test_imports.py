@@ -21,7 +21,14 @@ WIRE = {"service.wire", "service.wire.*"}
 # What both planes have of HTTP and its documents.
 HTTP = {"service.http", "service.problems"}
 # The document that describes all calls, and the pages that show it.
-REFERENCE = {"service.catalogue", "service.examples", "service.operations", "service.openapi", "service.reference"}
+REFERENCE = {
+    "service.catalogue",
+    "service.examples",
+    "service.operation",
+    "service.operations",
+    "service.openapi",
+    "service.reference",
+}
 
 # module -> what of ours it may import. Patterns match whole names; the longest that matches a module is its line.
 LAYERS: dict[str, set[str]] = {
@@ -35,6 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "service.pages": set(),
     "service.bell": set(),
     "service.memory": set(),
+    "service.privacy": set(),
     "service.valkey": set(),
     "service.embedded": {"service.errors", "service.valkey"},
     "service.ids": {"service.errors"},
@@ -44,7 +52,9 @@ LAYERS: dict[str, set[str]] = {
     "service.faults": WIRE | {"service.errors"},
     "service.kinds": CORE | {"service.errors", "service.faults"},
     "service.documents": CORE | WIRE | {"service.errors"},
-    "service.schemas": CORE | WIRE | {"service.errors", "service.documents", "service.faults", "service.kinds"},
+    "service.schemas": CORE
+    | WIRE
+    | {"service.errors", "service.documents", "service.faults", "service.kinds", "service.privacy"},
     "service.tensors": CORE | WIRE,
     # Redis
     "service.link": CORE | {"service.errors"},
@@ -54,13 +64,25 @@ LAYERS: dict[str, set[str]] = {
     "service.live": CORE
     | WIRE
     | {"service.tensors", "service.errors", "service.documents", "service.records", "service.store"},
-    "service.commits": CORE
-    | {"service.errors", "service.documents", "service.ids", "service.live", "service.records", "service.store"}
+    # What becomes of a change: its place in the queue, its entry, its answer
+    "service.answers": CORE | {"service.documents", "service.live"},
+    "service.changes": CORE | {"service.errors", "service.documents", "service.live", "service.records"},
+    "service.entries": CORE
+    | {"service.answers", "service.changes", "service.documents", "service.ids", "service.live", "service.records"}
     | {"service.tensors"},
+    # What goes on beside the changes: rounds that are over, snapshots, those who wait, those who look
+    "service.deadlines": CORE | {"service.errors", "service.store"},
+    "service.snapshots": CORE | WIRE | {"service.errors", "service.live", "service.records", "service.store"},
+    "service.waiting": {"service.bell", "service.errors", "service.documents", "service.store"},
+    "service.crowd": CORE | {"service.errors", "service.live", "service.privacy"},
+    "service.commits": CORE
+    | {"service.errors", "service.documents", "service.live", "service.records", "service.store", "service.privacy"}
+    | {"service.answers", "service.changes", "service.entries", "service.deadlines"},
     "service.engine": CORE
     | WIRE
-    | {"service.errors", "service.documents", "service.ids", "service.bell"}
-    | {"service.live", "service.commits", "service.records", "service.store"},
+    | {"service.errors", "service.documents", "service.ids", "service.live", "service.records", "service.store"}
+    | {"service.answers", "service.changes", "service.commits", "service.crowd"}
+    | {"service.deadlines", "service.snapshots", "service.waiting"},
     # What a client sees
     "service.problems": CORE | WIRE | {"service.errors", "service.pages"},
     "service.http": WIRE | {"service.errors", "service.documents", "service.problems"},
@@ -71,7 +93,9 @@ LAYERS: dict[str, set[str]] = {
     | WIRE
     | {"service.errors", "service.documents", "service.problems", "service.replies", "service.schemas"},
     "service.listing": {"service.catalogue"},
-    "service.operations": {"service.catalogue", "service.examples"},
+    "service.operation": set(),
+    "service.step_operations": {"service.examples", "service.operation"},
+    "service.operations": {"service.catalogue", "service.examples", "service.operation", "service.step_operations"},
     "service.openapi": CORE | REFERENCE | {"service.kinds", "service.problems", "service.schemas"},
     "service.reference": {"service.openapi", "service.pages", "service.problems"},
     # The planes
@@ -177,11 +201,16 @@ def test_the_table_says_what_the_design_says() -> None:
 
     assert not may("service.control", "service.data")
     assert not may("service.data", "service.control")
-    for module in ("service.live", "service.commits", "service.engine", "service.store", "service.wire.*"):
+    inner = ("answers", "changes", "entries", "deadlines", "snapshots", "waiting", "crowd")
+    for module in (
+        *("service.live", "service.commits", "service.engine", "service.store", "service.wire.*"),
+        *(f"service.{name}" for name in inner),
+    ):
         for other in ("control", "data", "app", "schemas", "problems", "http", "cli"):
             assert not may(module, f"service.{other}")
-    for module in ("service.store", "service.wire.*"):
-        assert not may(module, "service.engine")
+    for module in ("service.store", "service.wire.*", "service.live", *(f"service.{name}" for name in inner)):
+        for other in ("engine", "commits"):
+            assert not may(module, f"service.{other}")
     assert not any(may("core.*", f"service.{name}") for name in ("errors", "wire", "store"))
     assert {module for module in LAYERS if may(module, "service.app")} == {"service.app", "service.cli"}
 

@@ -46,7 +46,7 @@ class DelayCompensation:
 
 @dataclass(frozen=True)
 class Aggregation:
-    """How gradients become steps. Times are in seconds. Raises InvalidRecipe.
+    """How gradients become steps. Times are in seconds.
 
     async     each contribution is a step
     sync      a step per round: `workers` contributions close it, or `quorum` of them `timeout` after its first
@@ -74,6 +74,7 @@ class Aggregation:
     SEPARATE: ClassVar[tuple[str, ...]] = ("delta", "sampling_rate")  # they mean something beside noise alone
 
     def __post_init__(self) -> None:
+        """Raises InvalidRecipe."""
         check_fields(self)
         self._check_mode()
         self._check_reducer()
@@ -107,6 +108,9 @@ class Aggregation:
         if self.noise_multiplier is None:
             if self.seed is not None:
                 raise InvalidRecipe("/seed", "it is the seed of the noise: there is none")
+            for name in self.SEPARATE:
+                if getattr(self, name) != getattr(Aggregation, name):
+                    raise InvalidRecipe(f"/{name}", "it says something of the noise, and there is none")
             return
         if self.clip_norm is None:
             raise InvalidRecipe("/noise_multiplier", "the noise is a multiple of `clip_norm`: give one")

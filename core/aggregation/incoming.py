@@ -105,6 +105,7 @@ def scaled(array: Array, coefficient: float) -> Array:
 # -- delay compensation ------------------------------------------------------------------------------------------------
 
 
+@np.errstate(all="ignore")
 def observe(recipe: Recipe, state: State, gradient: Gradient) -> None:
     """Takes g ⊙ g into the running mean of the adaptive compensation; rows that are not named stay."""
     wanted = recipe.aggregation.delay_compensation

@@ -178,7 +178,10 @@ def test_the_document_has_every_call_that_is_answered(client: httpx.Client) -> N
         "/v1/sessions": {"get", "post"},
         one: {"get", "patch", "delete"},
         **{f"{one}/{resource}": {"post"} for resource in ("fork", "steps")},
-        **{f"{one}/{resource}": {"get"} for resource in ("state", "history", "events", "schedule")},
+        **{
+            f"{one}/{resource}": {"get"}
+            for resource in ("state", "history", "events", "schedule", "workers", "rounds/current")
+        },
         f"{one}/params": {"get", "put"},
         **{f"/v1/{family}": {"get"} for family in ("optimizers", "schedules", "transforms", "reducers")},
         "/livez": {"get"},

@@ -1,20 +1,27 @@
 """The catalogue says of each kind what its class does."""
 
 from math import prod
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from core import optimizers, schedules, transforms
+from core.aggregation import reducers, staleness
 from core.errors import InvalidRecipe
 from core.layout import Layout
 from core.optimizers import Optimizer
 from core.recipe import Recipe, describe
 from service import catalogue
-from service.kinds import OPTIMIZERS
+from service.kinds import ANY_REDUCER, ANY_STALENESS, OPTIMIZERS, REDUCERS, STALENESS, core_object
 from service.wire.json import dumps, loads
 
-FAMILIES = {"optimizers": optimizers.KINDS, "schedules": schedules.KINDS, "transforms": transforms.KINDS}
+FAMILIES = {
+    "optimizers": optimizers.KINDS,
+    "schedules": schedules.KINDS,
+    "transforms": transforms.KINDS,
+    "reducers": reducers.KINDS,
+}
 TEXTS = ("summary", "description", "formula", "source", "url")
 
 
@@ -30,10 +37,6 @@ def test_every_kind_is_listed_and_is_plain_json(family: str, kinds: dict[str, An
         assert entry["schema"]["properties"]["kind"]["const"] == entry["kind"]
         assert entry["schema"]["additionalProperties"] is False
         assert catalogue.entry_of(family, entry["kind"]) == entry
-
-
-def test_what_there_is_none_of_is_an_empty_list() -> None:
-    assert catalogue.listing("reducers") == {"data": [], "has_more": False}
 
 
 def recipe_of(optimizer: Optimizer, shape: tuple[int, int], **members: Any) -> Recipe:
@@ -99,6 +102,54 @@ def test_the_entry_agrees_with_the_transform(kind: str) -> None:
     assert entry["row_sparse"] == usual.keeps_rows
     shown = {name: member.get("default") for name, member in entry["schema"]["properties"].items()}
     assert shown | {"kind": kind} | given == describe(usual)
+
+
+@pytest.mark.parametrize("kind", sorted(reducers.KINDS))
+def test_the_entry_agrees_with_the_reducer(kind: str) -> None:
+    entry, usual = catalogue.entry_of("reducers", kind), reducers.KINDS[kind]()
+    assert entry["keeps"] == ("one" if usual.running else "all")
+    assert (entry["least"], entry["weighted"]) == (usual.least, usual.weighted)
+    assert_defaults(entry, usual)
+
+
+def test_staleness_is_told_like_the_rest() -> None:
+    entries = catalogue.staleness_entries()
+    assert [entry["kind"] for entry in entries] == list(staleness.STALENESS)
+    for entry in entries:
+        assert all(entry[name] for name in TEXTS)
+        assert_defaults(entry, staleness.STALENESS[entry["kind"]]())
+
+
+def assert_defaults(entry: dict[str, Any], usual: Any) -> None:
+    shown = {name: member.get("default") for name, member in entry["schema"]["properties"].items()}
+    assert shown | {"kind": usual.kind} == describe(usual)
+
+
+@pytest.mark.parametrize(("family", "models"), [(reducers.KINDS, REDUCERS), (staleness.STALENESS, STALENESS)])
+def test_the_models_make_the_kinds(family: dict[str, Any], models: dict[str, Any]) -> None:
+    assert list(models) == list(family)
+    for kind, model in models.items():
+        assert core_object(model(kind=kind)) == family[kind]()
+
+
+def test_a_reducer_by_its_name_or_with_options() -> None:
+    reducer = TypeAdapter(Annotated[Any, ANY_REDUCER])
+    assert core_object(reducer.validate_python("krum")) == reducers.Krum(1)
+    multi = reducer.validate_python({"kind": "multi_krum", "byzantine": 2, "select": 3})
+    assert core_object(multi) == reducers.MultiKrum(2, 3)
+    age = TypeAdapter(Annotated[Any, ANY_STALENESS])
+    assert core_object(age.validate_python("inverse")) == staleness.Inverse()
+    assert core_object(age.validate_python({"kind": "hinge", "b": 2})) == staleness.Hinge(b=2.0)
+    for wrong in (
+        "mode",
+        {"kind": "krum", "byzantine": -1},
+        {"kind": "krum", "f": 1},
+        {"kind": "median", "byzantine": 1},
+        {"kind": "trimmed_mean", "fraction": 0.5},
+        {"kind": "bulyan", "byzantine": True},
+    ):
+        with pytest.raises(ValidationError):
+            reducer.validate_python(wrong)
 
 
 def test_what_depends_on_options_is_found() -> None:

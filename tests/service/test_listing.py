@@ -9,16 +9,26 @@ from pathlib import Path
 import pytest
 
 from core import averaging, optimizers, schedules, transforms
+from core.aggregation import reducers
+from core.aggregation.staleness import STALENESS
 from service import listing
 
 ROOT = Path(__file__).parent.parent.parent
-FAMILIES = {"optimizers": optimizers.KINDS, "schedules": schedules.KINDS, "transforms": transforms.KINDS}
-PAIRS = [(family, kind) for family, kinds in FAMILIES.items() for kind in kinds]
-DECLARED = [cls for kinds in (*FAMILIES.values(), averaging.KINDS) for cls in kinds.values()]
+FAMILIES = {
+    "optimizers": optimizers.KINDS,
+    "schedules": schedules.KINDS,
+    "transforms": transforms.KINDS,
+    "reducers": reducers.KINDS,
+}
+# What `ravine FAMILY KIND` tells about.
+TOLD = FAMILIES | {"reducers": reducers.KINDS | STALENESS}
+PAIRS = [(family, kind) for family, kinds in TOLD.items() for kind in kinds]
+DECLARED = [cls for kinds in (*TOLD.values(), averaging.KINDS) for cls in kinds.values()]
 # Commands of LaTeX that KaTeX and MathJax know, and that occur.
 LATEX = {
-    "Bigl", "Bigr", "Delta", "Lambda", "Sigma", "alpha", "arg", "bar", "begin", "beta", "big", "cdot", "cos", "delta",
-    "end", "eta", "frac", "gamma", "hat", "in", "infty", "lVert", "lambda", "langle", "le", "left", "leftarrow",
+    "Bigl", "Bigr", "Delta", "Lambda", "Sigma", "alpha", "arg", "bar", "begin", "beta", "big", "cdot", "cos", "cup",
+    "delta", "dots", "end", "eta", "frac", "gamma", "hat", "in", "infty", "lVert", "lambda", "langle", "le", "left",
+    "leftarrow",
     "lfloor", "ln", "mapsto", "mathcal", "mathrm", "max", "min", "mu", "nabla", "nu", "operatorname", "overline", "phi",
     "pi", "pm", "prod", "psi", "qquad", "quad", "rVert", "rangle", "rfloor", "rho", "right", "sigma", "sqrt", "sum",
     "tau", "text", "tfrac", "theta", "top", "varepsilon",
@@ -47,7 +57,7 @@ def test_the_command_lists_all_kinds(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "kind"), PAIRS)
 def test_a_kind_is_told_whole(family: str, kind: str) -> None:
-    told, cls = listing.page(family, kind), FAMILIES[family][kind]
+    told, cls = listing.page(family, kind), TOLD[family][kind]
     for text in (cls.formula, cls.source, cls.url):
         assert text in told
     for note in cls.notes:
@@ -61,6 +71,20 @@ def test_defaults_and_bounds_are_told() -> None:
     assert " beta1 0.9 number ≥ 0, < 1 or a schedule\n" in told
     assert ' amsgrad false false, "raw", "corrected"\n' in told
     assert "- State per parameter: m, v\n- Bytes per parameter: 8, with other options 12\n" in told
+
+
+def test_what_a_round_holds_is_told() -> None:
+    assert "- An open round holds: one gradient\n- Weights: count\n" in listing.page("reducers", "mean")
+    assert "- An open round holds: all its contributions\n- Weights: do not count\n" in listing.page("reducers", "krum")
+
+
+def test_staleness_is_told_with_the_reducers() -> None:
+    listed = listing.overview("reducers").split("\n\n")[1].splitlines()[1:]
+    assert [line.split()[0] for line in listed] == list(STALENESS)
+    page = listing.markdown("reducers")
+    for kind in STALENESS:
+        assert f"\n### {kind}\n" in page
+        assert f"[`{kind}`](#{kind})" in page
 
 
 def test_the_command_prints_the_page() -> None:

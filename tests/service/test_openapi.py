@@ -8,11 +8,12 @@ from typing import Any, cast
 import pytest
 from fastapi.routing import APIRoute
 
-from service import catalogue
+from service import catalogue, contributions, crowd, examples, privacy
 from service.control import create_control
 from service.engine import Engine
 from service.openapi import openapi
-from service.operations import OPERATIONS, PAGES, SAFETENSORS, Operation, methods_of
+from service.operation import SAFETENSORS, Operation
+from service.operations import OPERATIONS, PAGES, methods_of
 from service.problems import MEDIA_TYPE, PROBLEMS
 from service.reference import reference
 from service.schemas import parse_create, patch
@@ -94,7 +95,7 @@ def test_all_that_goes_in_and_out_has_an_example(path: str, method: str, operati
                 assert example["summary"]
                 assert "value" in example
                 if media == SAFETENSORS:
-                    safetensors.read(base64.b64decode(example["value"]))
+                    safetensors.read(base64.b64decode(example["value"]), dtypes=safetensors.STEP_DTYPES)
     for status, answer in operation["responses"].items():
         assert answer["description"]
         assert ("content" in answer) == (status not in ("204", "304"))
@@ -130,13 +131,25 @@ def test_the_examples_of_requests_are_taken() -> None:
     document, _ = parse_create(example_bodies("createSession")[0])
     for body in example_bodies("changeSession"):
         assert patch(body)(document) != document
+    for body in example_bodies("takeStep"):
+        contribution, _ = contributions.of_json(dumps(body))
+        assert contribution.gradients.keys() == body[contribution.payload].keys()
 
 
-def test_the_example_of_a_session_has_the_members_of_its_schema() -> None:
+def test_the_examples_of_a_session_have_the_members_of_its_schema() -> None:
     schema = DOCUMENT["components"]["schemas"]["Session"]
     answer = DOCUMENT["paths"]["/v1/sessions/{session}"]["get"]["responses"]["200"]
-    example = answer["content"]["application/json"]["examples"]["example1"]["value"]
-    assert set(example) == set(schema["properties"])
+    first, second = (example["value"] for example in answer["content"]["application/json"]["examples"].values())
+    assert set(second) == set(schema["properties"])
+    assert set(first) == set(schema["properties"]) - {"privacy"}
+
+
+@pytest.mark.skipif(not privacy.available(), reason="needs the extra `privacy`")
+def test_the_example_of_privacy_is_what_is_worked_out() -> None:
+    session = examples.private()
+    worked_out = crowd.privacy_of(session["aggregation"], session["step"])
+    assert worked_out.pop("epsilon") == pytest.approx(session["privacy"]["epsilon"], rel=1e-9)
+    assert worked_out.items() <= session["privacy"].items()
 
 
 # -- the table and the routes ------------------------------------------------------------------------------------------

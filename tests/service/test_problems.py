@@ -19,7 +19,14 @@ def leaves(cls: type[Exception]) -> list[type[Exception]]:
     return [leaf for child in below for leaf in leaves(child)] if below else [cls]
 
 
-REFUSALS = [leaf for root in (core.CoreError, errors.ServiceError, wire.WireError) for leaf in leaves(root)]
+# Rounds are closed by the service itself: no call asks for it, and nobody is told that there was nothing to close.
+INWARD = {core.RoundOpen}
+REFUSALS = [
+    leaf
+    for root in (core.CoreError, errors.ServiceError, wire.WireError)
+    for leaf in leaves(root)
+    if leaf not in INWARD
+]
 
 
 @pytest.mark.parametrize("cls", REFUSALS, ids=lambda cls: cls.__name__)
@@ -57,6 +64,27 @@ CASES: list[tuple[Exception, int, str, dict[str, Any], dict[bytes, bytes]]] = [
         {},
     ),
     (errors.StepConflict(7, "abc"), 412, "step-conflict", {"step": 7}, {}),
+    (
+        core.StaleGradient(41, 9, 8),
+        409,
+        "stale-gradient",
+        {"step": 41, "staleness": 9, "max_staleness": 8},
+        {},
+    ),
+    (core.BaseStepAhead(42, 41), 409, "base-step-ahead", {"step": 41}, {}),
+    (core.NotPulled("w1", 40, 41), 409, "not-pulled", {"step": 40}, {}),
+    (core.AlreadyContributed(42, "w1"), 409, "already-contributed", {"round": 42, "worker": "w1"}, {}),
+    (
+        core.TooFarAhead("w1", 7, 4, 2, 41),
+        409,
+        "too-far-ahead",
+        {"clock": 7, "slowest": 4, "bound": 2},
+        {b"retry-after": b"1"},
+    ),
+    (core.WorkerRequired("no"), 422, "worker-required", {}, {}),
+    (core.BaseStepRequired("no"), 422, "base-step-required", {}, {}),
+    (core.NotReducible("no"), 422, "not-reducible", {}, {}),
+    (errors.NoRounds("ssp"), 404, "no-rounds", {}, {}),
     (wire.BodyTooLarge(10), 413, "body-too-large", {"limit": 10}, {}),
     (errors.StoreUnavailable("redis://secret"), 503, "store-unavailable", {}, {b"retry-after": b"1"}),
     (

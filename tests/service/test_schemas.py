@@ -276,8 +276,10 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"groups": [{"match": "w", "kind": "sgd"}]}, "/groups/0/kind", "no member"),
     ({"groups": [{"match": "w", "frozen": 1}]}, "/groups/0/frozen", "a boolean"),
     ({"transforms": [{"kind": "clip"}]}, "/transforms/0", "give max_value"),
-    ({"aggregation": {"mode": "sync"}}, "/aggregation/mode", "'async'"),
-    ({"aggregation": {"mode": "async", "size": 3}}, "/aggregation/size", "no member"),
+    ({"aggregation": {"mode": "bulk"}}, "/aggregation/mode", "'async'"),
+    ({"aggregation": {"mode": "sync"}}, "/aggregation/workers", "needs it"),
+    ({"aggregation": {"mode": "async", "size": 3}}, "/aggregation/size", "has no size"),
+    ({"aggregation": {"mode": "async", "quota": 3}}, "/aggregation/quota", "no member"),
     ({"non_finite": "ignore"}, "/non_finite", "'reject' or 'skip'"),
     ({"dtype": "float16"}, "/dtype", "'float32' or 'float64'"),
     ({"name": "a\nb"}, "/name", "printable"),
@@ -394,7 +396,7 @@ def test_hyperparameters_are_checked_against_the_sessions_kind(body: dict[str, A
 
 
 @pytest.mark.parametrize(
-    "member", ["dtype", "shapes", "params", "averaging", "non_finite", "aggregation", "id", "step"]
+    "member", ["dtype", "shapes", "params", "averaging", "non_finite", "aggregation", "id", "step", "privacy"]
 )
 def test_what_cannot_change_is_said_to_be_so(member: str) -> None:
     faults = refused(patch, {member: 1})
