@@ -7,7 +7,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 UV     ?= uv
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 
-.PHONY: help serve check test docs soak demo bench bench-peers convergence oracles lock clean
+.PHONY: help serve check test docs soak demo demo-workers bench bench-peers convergence oracles lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ soak: $(VENV)/.test  ## 200 kills at random moments
 
 demo: $(VENV)/.demo  ## train digits with four optimizers over HTTP; writes two pictures
 	$(BIN)/python examples/digits.py $(ARGS)
+
+demo-workers: $(VENV)/.demo  ## many workers on one session: asynchronous, federated, DiLoCo, with liars; a picture of each
+	for example in asynchronous federated diloco byzantine; do $(BIN)/python examples/$$example.py $(ARGS) || exit; done
 
 bench: $(VENV)/.test  ## the benchmarks; writes benchmarks/RESULTS.md (ARGS="S1 L1" runs some of them)
 	$(BIN)/python -m benchmarks $(ARGS)

@@ -134,11 +134,18 @@ class Digits:
     test_y: np.ndarray
 
 
-def read_digits() -> Digits:
-    """A fixed fifth of the images is kept for testing; the scale is that of the others."""
-    from sklearn.datasets import load_digits  # here, so that all but the data and the pictures needs NumPy alone
+def read_digits(file: Path | None = None) -> Digits:
+    """A fixed fifth of the images is kept for testing; the scale is that of the others.
 
-    x, y = load_digits(return_X_y=True)
+    They come from scikit-learn, or from the arrays `images` (n, 64) and `labels` (n,) of an .npz.
+    """
+    if file is None:
+        from sklearn.datasets import load_digits  # here, so that all but the data and the pictures needs NumPy alone
+
+        x, y = load_digits(return_X_y=True)
+    else:
+        with np.load(file) as arrays:
+            x, y = arrays["images"].astype(float), arrays["labels"].astype(int)
     order = np.random.default_rng(SEED).permutation(len(y))
     train, test = np.split(order, [len(y) * 4 // 5])
     mean, deviation = x[train].mean(axis=0), x[train].std(axis=0)

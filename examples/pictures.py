@@ -1,4 +1,4 @@
-"""The two pictures of the demo: loss by step, and the ways down a narrow valley.
+"""The pictures of the examples: loss by step, the ways down a narrow valley, and accuracies of many workers.
 
 The colours, from the palettes of Okabe & Ito and of Tol, can be told apart by colour-blind people; each optimizer
 also has a line style or a panel of its own, so that the pictures survive a black and white printer. They are drawn
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 INK = "#333333"
 PALE = "#b8b8b8"
@@ -20,6 +20,7 @@ STYLES = {
     "rmsprop": ("#009E73", "-."),
     "adam": ("#AA4499", (0, (1, 1))),
 }
+ORDER = [*STYLES.values(), ("#56B4E9", (0, (5, 1, 1, 1, 1, 1)))]
 SIZE = 12  # points, of all text but titles
 SETTLED = 1e-3  # f below this: the minimum is reached, as far as one can see
 
@@ -60,6 +61,24 @@ def ravine(paths: dict[str, np.ndarray], curvature: np.ndarray, path: Path) -> P
     figure.suptitle("Down the ravine: f = (x² + 30 y²) / 2", fontsize=SIZE + 3, color=INK)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=SIZE, frameon=False)
+    return save(figure, path)
+
+
+def accuracies(curves: dict[str, list[tuple[float, float]]], title: str, x: str, path: Path) -> Path:
+    """Draws the accuracy (0 to 1) on the test images, by whatever `x` is."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    axes = figure.add_subplot()
+    for (name, points), (colour, line) in zip(curves.items(), ORDER, strict=False):
+        axes.plot(*zip(*points, strict=True), color=colour, linestyle=line, linewidth=2, label=name)
+    axes.set_ylim(0, 1)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.grid(color=PALE, linewidth=0.5, alpha=0.6)
+    label(axes, x, "accuracy on the test images")
+    axes.legend(fontsize=SIZE, frameon=False, handlelength=3, loc="center right")
+    axes.set_title(title, fontsize=SIZE + 2, color=INK, loc="left")
     return save(figure, path)
 
 
