@@ -1,21 +1,23 @@
 """`python -m benchmarks [ROW…]`: runs the rows that are named, or all of them and writes RESULTS.md."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import core_rows, large_steps, machine, report, small_steps
+from benchmarks import core_rows, large_steps, machine, one_session, pulls, push_pull, report, small_steps
 from benchmarks.measure import Plan, Result, say
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-GROUPS = (core_rows, small_steps, large_steps)
+GROUPS = (core_rows, small_steps, large_steps, push_pull, one_session, pulls)
 CODES = [row.code for group in GROUPS for row in group.ROWS]
 LEAST_ROUNDS = 5
 
 
 def main() -> None:
     given = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with it all that was started
     rows = given.rows or CODES
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="ravine-bench-") as directory:

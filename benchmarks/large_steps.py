@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -57,7 +57,7 @@ def run(rows: Collection[str], plan: Plan) -> Iterator[Result]:
 
 def _compare(row: Row, plan: Plan) -> Comparison:
     size = _SIZES[row.code]
-    file = safetensors(size)
+    file = safetensors(gradient(size))
     with ExitStack() as stack:
         server = stack.enter_context(processes.service(plan.directory))
         echo = stack.enter_context(processes.echo(plan.directory))
@@ -72,18 +72,33 @@ def _compare(row: Row, plan: Plan) -> Comparison:
     return Comparison(row, "requests/s", rounds, [remark, f"A request has {len(file) / 1e6:.1f} MB each way."])
 
 
-def safetensors(size: int) -> bytes:
+def safetensors(numbers: "np.ndarray[tuple[int], np.dtype[np.floating]]") -> bytes:
     """A file with one tensor "w" of (size,) float32."""
+    return file_head(len(numbers)) + numbers.astype("<f4").tobytes()
+
+
+def gradient(size: int) -> "np.ndarray[tuple[int], np.dtype[np.floating]]":
+    found: np.ndarray[tuple[int], np.dtype[np.floating]] = (np.arange(size) * 7919 % 1001 - 500) / 500
+    return found
+
+
+def file_head(size: int) -> bytes:
+    """All of such a file that comes before the numbers."""
     header = json.dumps({"w": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}).encode()
     header += b" " * (-len(header) % 8)
-    numbers = ((np.arange(size) * 7919 % 1001 - 500) / 500).astype("<f4")
-    return struct.pack("<Q", len(header)) + header + numbers.tobytes()
+    return struct.pack("<Q", len(header)) + header
 
 
 def _session(server: Server, size: int) -> str:
-    given = json.dumps({"optimizer": "adam", "shapes": {"w": [size]}}).encode()
+    path = new_session(server, size)
+    call(server.url, "PUT", path + "/params", safetensors(gradient(size)), MEDIA)
+    return path
+
+
+def new_session(server: Server, size: int, **members: Any) -> str:
+    """The path of a session of Adam with one tensor "w" of (size,) float32, which has no parameters yet."""
+    given = json.dumps({"optimizer": "adam", "shapes": {"w": [size]}} | members).encode()
     path: str = "/v1/sessions/" + json.loads(call(server.url, "POST", "/v1/sessions", given))["id"]
-    call(server.url, "PUT", path + "/params", safetensors(size), MEDIA)
     return path
 
 

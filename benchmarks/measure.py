@@ -29,7 +29,10 @@ class Plan(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A line of the table. `ours` and `theirs` name contestants; `at_most` or `at_least` is the goal of the ratio."""
+    """A line of the table. `ours` and `theirs` name contestants; `at_most` or `at_least` is the goal of the ratio.
+
+    A row that compares nothing has `holds` for its goal: what must be so, or it fails.
+    """
 
     code: str
     case: str
@@ -38,9 +41,12 @@ class Row(NamedTuple):
     theirs: str
     at_most: float | None = None
     at_least: float | None = None
+    holds: str = ""
 
     @property
     def goal(self) -> str:
+        if self.holds:
+            return self.holds
         return f"≤ {self.at_most:g}" if self.at_most is not None else f"≥ {self.at_least:g}"
 
     def met(self, ratio: float) -> bool:
@@ -96,6 +102,45 @@ class Comparison:
         return statistics.median(self.ratios)
 
 
+class Cell(NamedTuple):
+    """One case of several. `against` is the contestant to beat here; `apart` are those that took their turns alone."""
+
+    name: str
+    against: str
+    rounds: Sequence[Round]
+    apart: Mapping[str, Sequence[Sample]] = {}
+
+    def compared(self, row: Row, unit: str) -> Comparison:
+        return Comparison(row._replace(theirs=self.against), unit, self.rounds)
+
+
+@dataclass(slots=True)
+class Grid(Comparison):
+    """The worst of several cells, with all of them. The greater value is the better one."""
+
+    cells: Sequence[Cell] = ()
+
+
+def grid(row: Row, unit: str, cells: Sequence[Cell], remarks: Sequence[str]) -> Grid:
+    worst = min(cells, key=lambda cell: cell.compared(row, unit).ratio)
+    return Grid(row._replace(theirs=worst.against), unit, worst.rounds, list(remarks), cells)
+
+
+def best(rounds: Sequence[Round], among: Sequence[str]) -> str:
+    """The contestant with the greatest median."""
+    return max(among, key=lambda name: statistics.median(turn.samples[name].value for turn in rounds))
+
+
+class Held(NamedTuple):
+    """A row that compares nothing: what had to hold did. `figures` are samples by the name of their case."""
+
+    row: Row
+    unit: str
+    figures: Mapping[str, Sequence[Sample]]
+    before: Sequence[Idle]
+    remarks: Sequence[str]
+
+
 class NotRun(NamedTuple):
     """A row that was not measured, and why."""
 
@@ -103,7 +148,7 @@ class NotRun(NamedTuple):
     reason: str
 
 
-Result = Comparison | NotRun
+Result = Comparison | Held | NotRun
 
 
 def alternate(contestants: Sequence[Contestant], rounds: int) -> list[Round]:

@@ -4,11 +4,12 @@ import contextlib
 import http.client
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -119,6 +120,12 @@ def service(directory: Path) -> contextlib.AbstractContextManager[Server]:
     return serving("service", log, "serve", "--port", "0", "--data", str(directory / "service"))
 
 
+def replica(directory: Path, number: int) -> contextlib.AbstractContextManager[Server]:
+    """One of several services on the one store in `directory`, which the first of them starts."""
+    log = directory / f"replica{number}.log"
+    return serving("service", log, "serve", "--port", "0", "--data", str(directory / "service"))
+
+
 def echo(directory: Path) -> contextlib.AbstractContextManager[Server]:
     return serving("benchmarks.servers.echo", directory / "echo.log")
 
@@ -127,17 +134,61 @@ def one_hour(directory: Path) -> contextlib.AbstractContextManager[Server]:
     return serving("benchmarks.servers.one_hour", directory / "one_hour.log", str(directory / "one_hour"))
 
 
-def call(url: str, method: str, path: str, body: bytes | None = None, media: str = "application/json") -> bytes:
+def child_seconds() -> float:
+    """CPU seconds of the children that have ended: wrk's, which are waited for; servers live on."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def call(
+    url: str,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    media: str = "application/json",
+    accept: str | None = None,
+) -> bytes:
     """One request that is not measured; the reply's body. Raises Unmeasured for a status of 400 or more."""
     address = urlsplit(url)
     connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
     with contextlib.closing(connection):
-        connection.request(method, path, body, {} if body is None else {"Content-Type": media})
+        headers = ({} if body is None else {"Content-Type": media}) | ({} if accept is None else {"Accept": accept})
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         content = response.read()
     if response.status >= 400:
         raise Unmeasured(f"{method} {path}: {response.status} {content[:300].decode(errors='replace')}")
     return content
+
+
+def family(pid: int) -> list[Child]:
+    """A process and all that came of it, as they are now."""
+    try:
+        found = [Child(pid, _stat(pid)[19])]
+    except OSError:
+        return []
+    for member in found:  # which grows meanwhile
+        found += _children(member.pid)
+    return found
+
+
+def cpu_seconds(members: Iterable[Child]) -> float:
+    """What they have used, as far as they still live."""
+    return sum(_cpu_seconds(member.pid) for member in members if _alive(member))
+
+
+def end_all(members: Iterable[Child]) -> None:
+    """Kills those that still live."""
+    for member in members:
+        if _alive(member):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGKILL)
+
+
+def peak_memory(pid: int) -> int:
+    """The most that a process has had in memory so far, in bytes."""
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _stat(pid: int) -> list[str]:

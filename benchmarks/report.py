@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.core_rows import Worst
-from benchmarks.measure import Comparison, Idle, NotRun, Result, Round
+from benchmarks.measure import Cell, Comparison, Grid, Held, Idle, NotRun, Result, Round, Sample
 
 # A ratio that got worse by more than this is pointed out.
 LOSS = 0.10
@@ -27,9 +27,17 @@ def render(machine: dict[str, str], results: Sequence[Result], before: Mapping[s
         "\n".join(f"- {name}: {text}" for name, text in (machine | _idleness(compared)).items()),
         _table(results, before),
         *_losses(compared, before),
-        *[_worst(result) if isinstance(result, Worst) else _details(result) for result in compared],
+        *[_part(result) for result in results if not isinstance(result, NotRun)],
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _part(result: Comparison | Held) -> str:
+    if isinstance(result, Held):
+        return _held(result)
+    if isinstance(result, Worst):
+        return _worst(result)
+    return _grid(result) if isinstance(result, Grid) else _details(result)
 
 
 def _idleness(results: Iterable[Comparison]) -> dict[str, str]:
@@ -40,6 +48,8 @@ def _idleness(results: Iterable[Comparison]) -> dict[str, str]:
 def _rounds(result: Comparison) -> list[Round]:
     if isinstance(result, Worst):
         return [turn for case in result.cases for turn in case.rounds]
+    if isinstance(result, Grid):
+        return [turn for cell in result.cells for turn in cell.rounds]
     return list(result.rounds)
 
 
@@ -59,6 +69,9 @@ def _table(results: Sequence[Result], before: Mapping[str, float]) -> str:
             lines.append(
                 f"| {row.code} | {row.case} | {row.against} | not run: {result.reason} | {row.goal} | – | {last} |"
             )
+            continue
+        if isinstance(result, Held):
+            lines.append(f"| {row.code} | {row.case} | {row.against} | held | {row.goal} | yes | – |")
             continue
         ratios = result.ratios
         shown = f"**{result.ratio:.2f}** ({min(ratios):.2f}–{max(ratios):.2f})"
@@ -117,6 +130,49 @@ def _worst(result: Worst) -> str:
     return "\n".join(
         [f"## {row.code}", "", "Medians (lowest–highest).", "", *lines, "", *[f"- {remark}" for remark in remarks]]
     )
+
+
+def _grid(result: Grid) -> str:
+    """A line for every cell with the rates, then the figures beside them, a line for every contestant of a cell."""
+    row = result.row
+    names = list(dict.fromkeys(name for cell in result.cells for name in _samples(cell)))
+    lines = [
+        f"| {row.code}, {result.unit} | ratio to the best | the best | {' | '.join(names)} |",
+        "|---" * (len(names) + 3) + "|",
+    ]
+    every = [samples[0] for cell in result.cells for samples in _samples(cell).values()]
+    figures = list(dict.fromkeys(figure for sample in every for figure in sample.beside))
+    beside = [f"| {row.code}, beside | contestant | {' | '.join(figures)} |", "|---" * (len(figures) + 2) + "|"]
+    for cell in result.cells:
+        samples = _samples(cell)
+        rates = [_spread([each.value for each in samples.get(name, ())]) for name in names]
+        ratio = _spread(cell.compared(row, result.unit).ratios)
+        lines.append(f"| {cell.name} | {ratio} | {cell.against} | {' | '.join(rates)} |")
+        for name, found in samples.items():
+            cells = [_spread([each.beside[f] for each in found if f in each.beside]) for f in figures]
+            beside.append(f"| {cell.name} | {name} | {' | '.join(cells)} |")
+    states = [state for turn in _rounds(result) for state in turn.before.values()]
+    remarks = [f"Idle CPU before the turns: {_idle(states)}.", *result.remarks]
+    head = [f"## {row.code}", "", "Medians (lowest–highest).", ""]
+    return "\n".join([*head, *lines, "", *beside, "", *[f"- {remark}" for remark in remarks]])
+
+
+def _samples(cell: Cell) -> dict[str, list[Sample]]:
+    alternated = {name: [turn.samples[name] for turn in cell.rounds] for name in sorted(cell.rounds[0].samples)}
+    return alternated | {name: list(samples) for name, samples in cell.apart.items()}
+
+
+def _held(result: Held) -> str:
+    names = list(result.figures)
+    figures = list(dict.fromkeys(f for samples in result.figures.values() for f in samples[0].beside))
+    lines = [f"| {result.row.code}, median (lowest–highest) | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    values = [_spread([sample.value for sample in result.figures[name]]) for name in names]
+    lines.append(f"| {result.unit} | {' | '.join(values)} |")
+    for figure in figures:
+        cells = [_spread([s.beside[figure] for s in result.figures[name] if figure in s.beside]) for name in names]
+        lines.append(f"| {figure} | {' | '.join(cells)} |")
+    remarks = [f"Idle CPU before the turns: {_idle(result.before)}.", *result.remarks]
+    return "\n".join([f"## {result.row.code}", "", *lines, "", *[f"- {remark}" for remark in remarks]])
 
 
 def _spread(values: Sequence[float]) -> str:

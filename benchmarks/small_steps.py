@@ -7,7 +7,6 @@ those that were under way when wrk hung up.
 
 import json
 import re
-import resource
 import shutil
 import struct
 import subprocess
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from benchmarks import processes
 from benchmarks.measure import Comparison, NotRun, Plan, Result, Row, Sample, Unmeasured, alternate, say
-from benchmarks.processes import Server, call
+from benchmarks.processes import Server, call, child_seconds
 
 SESSIONS = 64
 CONNECTIONS = 32
@@ -93,10 +92,10 @@ class Load:
     runs: int = 0
 
     def turn(self) -> Sample:
-        before, client_before = self.server.usage(), _children_seconds()
+        before, client_before = self.server.usage(), child_seconds()
         requests, seconds, p50, p99 = self.send(self.seconds)
         busy = (self.server.usage().server - before.server) / seconds
-        after, client = self.server.settle(), _children_seconds() - client_before
+        after, client = self.server.settle(), child_seconds() - client_before
         spent = {"server": after.server - before.server, "store": after.store - before.store, "wrk": client}
         beside = {f"{who} CPU, µs a request": 1e6 * cpu / requests for who, cpu in spent.items()}
         beside["server busy, %"] = 100 * busy
@@ -130,12 +129,6 @@ class Load:
             f"{self.name}: {self.answered} steps were answered, the store has {moved} "
             f"(up to {under_way} were under way when wrk hung up){lost}."
         )
-
-
-def _children_seconds() -> float:
-    """CPU seconds of the children that have ended: wrk's, which are waited for; servers live on."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
 
 
 def _service(stack: ExitStack, plan: Plan) -> Load:
