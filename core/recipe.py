@@ -69,10 +69,19 @@ class Recipe:
                 "that is for element-wise methods whose slots are running means",
             )
         self._check_transforms()
-        if not self.aggregation.reduce.running and self.needs & {"hessian", "hessian_diagonal"}:
+        self._check_aggregation()
+
+    def _check_aggregation(self) -> None:
+        if not self.needs & {"hessian", "hessian_diagonal"}:
+            return
+        if not self.aggregation.reduce.running:
             raise InvalidRecipe(
                 "/aggregation/reduce",
                 f"{self.aggregation.reduce.kind} says nothing of the Hessians that {self.method.kind} needs",
+            )
+        if self.aggregation.noise_multiplier is not None:
+            raise InvalidRecipe(
+                "/aggregation/noise_multiplier", f"there is no noise for the Hessians that {self.method.kind} needs"
             )
 
     def _check_transforms(self) -> None:
@@ -307,6 +316,15 @@ class Recipe:
         """Bytes of the whole state, without the parameters."""
         slots = sum(self.dtype_of(slot).itemsize for slot in self.slots) * self.layout.size
         return slots + sum(prod(own.shape) * self.own_dtype(own).itemsize for own in self.own.values())
+
+    def round_bytes(self) -> int:
+        """Bytes that the arrays of an open round and the workers' backups may take, at most."""
+        size, item = self.layout.size, self.numpy_dtype.itemsize
+        found = self.aggregation.vectors() * size * item
+        if self.aggregation.rounds:
+            found += 8 * size * size * ("hessian" in self.needs)
+            found += size * item * (("hessian_diagonal" in self.needs) + ("params" in self.needs))
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The recipe as JSON values."""

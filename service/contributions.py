@@ -60,8 +60,8 @@ def _loss(value: object) -> str | None:
 
 
 def _weight(value: object) -> str | None:
-    known = _is_finite(value) and 0 < value <= MAX_WEIGHT
-    return None if known else f"must be a number greater than 0, and at most {MAX_WEIGHT:g}"
+    known = _is_finite(value) and 1 / MAX_WEIGHT <= value <= MAX_WEIGHT
+    return None if known else f"must be a number greater than 0: from {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
 
 
 def _base_step(value: object) -> str | None:

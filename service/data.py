@@ -193,7 +193,7 @@ class DataPlane:
             if not (seconds and await self._waits.run(request.receive, self._engine.wait(session, after, seconds))):
                 return replies.not_modified(await self._engine.stamp(session))
             point = await self._engine.params(session, at)
-        if "worker" in given:
+        if "worker" in given and request.scope["method"] != "HEAD":
             point = await self._engine.pull(session, given["worker"])
         if if_none_match is not None and if_none_match.holds(point.stamp):
             return replies.not_modified(point.stamp)

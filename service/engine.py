@@ -112,12 +112,12 @@ class Engine:
 
     def _check_size(self, recipe: Recipe, where: str) -> None:
         """Raises InvalidRequest, before any array is made, for a state with more bytes or tensors than allowed."""
-        vector = recipe.layout.size * recipe.numpy_dtype.itemsize
-        needed = recipe.state_bytes() + vector * (1 + recipe.aggregation.vectors())
+        params = recipe.layout.size * recipe.numpy_dtype.itemsize
+        needed = recipe.state_bytes() + params + recipe.round_bytes()
         if needed > self._max_state:
-            sentence = f"parameters and slots would take {needed} bytes; a session may have {self._max_state}"
+            sentence = f"parameters, slots and rounds would take {needed} bytes; a session may have {self._max_state}"
             raise InvalidRequest([Fault(where, sentence)])
-        named = len(recipe.layout.slots) * (1 + len(recipe.slots)) + len(recipe.own)
+        named = len(recipe.layout.slots) * (1 + len(recipe.slots)) + len(recipe.own) + recipe.aggregation.kept
         if named > safetensors.MAX_TENSORS:
             sentence = f"the checkpoint would have {named} tensors; {safetensors.MAX_TENSORS} are read back"
             raise InvalidRequest([Fault(where, sentence)])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from core.contributions import Closing, Contribution, Entry, Gradient, NewParams, NewRecipe, Pull, Reduced
+from core.contributions import Closing, Contribution, Entry, NewParams, NewRecipe, Pull, Reduced
 from core.errors import CoreError, InvalidState
 from core.evaluate import Evaluator
 from core.layout import Array
@@ -249,16 +249,16 @@ def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
     except CoreError as error:
         raise Corrupt(f"entry {text['commit']!r} cannot be applied: {error}") from None
     closing, round_step = isinstance(checked, Reduced), live.session.state.step + 1
-    rate = live.session.rate() if closing or "key" in text else 0.0
+    contributed = isinstance(parsed, Contribution) and live.session.recipe.aggregation.rounds
+    rate = live.session.rate() if closing or ("key" in text and not contributed) else 0.0
     outcome = live.session.apply(checked, want_updates=live.wants_updates if closing else "updates" in text)
     if document is not None:
         live.document = document
-    contributed = isinstance(checked, Gradient) and live.session.recipe.aggregation.rounds
     visible = not contributed and not isinstance(checked, Pull)
     live.advance(text["commit"], entry.chunks, entry.size, text["time"], visible=visible)
     if isinstance(checked, Reduced):
         live.close_round(outcome, rate, checked.norm)
-    live.asked |= bool(contributed) and "updates" in text
+    live.asked |= contributed and "updates" in text
     if "key" in text:
         done = Done(
             digest=text["digest"],
@@ -289,8 +289,7 @@ def preview(session: Session, steps: int) -> dict[str, Any]:
 def describe(document: Document) -> dict[str, Any]:
     """The document with what a listing needs to know without its arrays."""
     recipe = document.recipe
-    vectors = recipe.aggregation.vectors() * recipe.layout.size * recipe.numpy_dtype.itemsize
-    sizes = {"size": recipe.layout.size, "slot_bytes": recipe.state_bytes(), "round_bytes": vectors}
+    sizes = {"size": recipe.layout.size, "slot_bytes": recipe.state_bytes(), "round_bytes": recipe.round_bytes()}
     return document.describe() | sizes
 
 

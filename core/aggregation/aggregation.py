@@ -13,10 +13,13 @@ from core.errors import InvalidRecipe
 from core.hyperparameters import Decay, NonNegative, Positive
 
 Mode = Literal["async", "sync", "buffered", "ssp"]
-Workers = Annotated[int, Ge(1), Le(10_000)]
+# More names would not fit into the header of a checkpoint.
+Workers = Annotated[int, Ge(1), Le(4096)]
 Seconds = Annotated[float, Gt(0), Le(31_536_000)]
 
 MEAN = Mean()
+# Reducers that compare contributions keep all of them, and the work of some grows with the square of their number.
+MOST_COMPARED = 1024
 # How many workers have a backup for the delay compensation where nobody says how many workers there are.
 BACKUPS = 64
 # What belongs to which mode; the rest goes with any.
@@ -103,6 +106,8 @@ class Aggregation:
         elif self.fewest < self.reduce.least:
             sentence = f"{self.reduce.kind} needs at least {self.reduce.least} contributions"
             raise InvalidRecipe("/reduce", f"{sentence}, and a round may close with {self.fewest}")
+        elif not self.reduce.running and self.needed > MOST_COMPARED:
+            raise InvalidRecipe("/reduce", f"{self.reduce.kind} compares at most {MOST_COMPARED} contributions")
 
     def _check_noise(self) -> None:
         if self.noise_multiplier is None:
@@ -116,6 +121,8 @@ class Aggregation:
             raise InvalidRecipe("/noise_multiplier", "the noise is a multiple of `clip_norm`: give one")
         if not self.reduce.running:
             raise InvalidRecipe("/noise_multiplier", "how much noise is enough is known for mean and sum alone")
+        if self.delay_compensation is not None and self.delay_compensation.adaptive:
+            raise InvalidRecipe("/delay_compensation/adaptive", "it would remember gradients without their noise")
 
     @property
     def rounds(self) -> bool:
@@ -162,6 +169,11 @@ class Aggregation:
         if self.delay_compensation is not None:
             return self.backups + self.delay_compensation.adaptive
         return 0 if not self.rounds else 1 if self.reduce.running else self.needed
+
+    @property
+    def kept(self) -> int:
+        """How many contributions are kept as they are."""
+        return self.needed if self.rounds and not self.reduce.running else 0
 
     def members(self) -> Mapping[str, Any]:
         """What says something: without what was left out and has no default."""

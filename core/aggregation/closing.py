@@ -109,7 +109,9 @@ def checked_closing(recipe: Recipe, state: State, entry: Closing) -> Reduced:
     received = state.ledger.received
     if not aggregation.rounds or entry.round != state.step + 1 or received < aggregation.fewest:
         raise RoundOpen(f"round {entry.round} cannot be closed at step {state.step} with {received} contributions")
-    loss = round_.loss / round_.weights[LOSS] if LOSS in round_.weights else None
+    loss = None
+    if LOSS in round_.weights:
+        loss = float(np.clip(round_.loss / round_.weights[LOSS], -LARGEST, LARGEST))
     if not aggregation.reduce.running:
         reduced = bounded(aggregation.reduce.reduce(round_.kept, round_.shares), recipe)
         gradient = _gradient(recipe, round_, reduced, loss)

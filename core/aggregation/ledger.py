@@ -4,7 +4,6 @@ Numbers and names alone, no arrays, so a copy is cheap: whoever plans several co
 then knows of those before. Times are seconds (Unix) and come with the contributions; nothing here looks at a clock.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,9 @@ from core.errors import (
 )
 
 # So many workers are remembered; of more, those that were seen last.
-REMEMBERED = 10_000
+REMEMBERED = 4096
+# A weight beyond it is none: sums of weights stay finite.
+HEAVIEST = 1e300
 # The year 9891: dates can be made of it, and of a deadline that is a year later.
 LATEST = 2.5e11
 MOST = 2**53 - 1  # every JSON reader has it exactly
@@ -213,7 +214,7 @@ def _age(step: int, sender: Sender) -> int:
 def _worker(values: Any) -> Worker:
     contributions, last_seen, last_step, staleness, weight, clock, backup = values
     counts = [_count(value) for value in (contributions, last_step, staleness, clock)]
-    seen, heavy = _moment(last_seen), _number(weight, sys.float_info.max)
+    seen, heavy = _moment(last_seen), _number(weight, HEAVIEST)
     return Worker(counts[0], seen, counts[1], counts[2], heavy, counts[3], None if backup is None else _count(backup))
 
 

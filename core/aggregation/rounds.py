@@ -147,6 +147,8 @@ class Delays:
             if array.shape != (size,) or array.dtype != dtype:
                 raise InvalidState(f"{name!r} is not {dtype} [{size}]")
             if name == f"{DELAY}mean_square":
+                if not (np.isfinite(array) & (array >= 0)).all():
+                    raise InvalidState(f"{name!r} holds a value that it cannot have")
                 made.mean_square = array
             elif name.startswith(f"{DELAY}backup."):
                 made.backups[name.removeprefix(f"{DELAY}backup.")] = array

@@ -99,7 +99,7 @@ class Rounds:
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_contributions_in_turn_take_less_than_three_gradients(server: Server, kind: str) -> None:
     rounds = Rounds(server, kind)
-    peaks = [peak for _ in range(4) for peak in rounds.in_turn()]
+    peaks = [peak for _ in range(2) for peak in rounds.in_turn()]
     print(f"{kind}: peaks above the idle level, in gradients: {[round(peak, 2) for peak in peaks]}")
     assert max(peaks) < 3
 
@@ -107,7 +107,7 @@ def test_contributions_in_turn_take_less_than_three_gradients(server: Server, ki
 def test_contributions_at_once_take_their_bodies_and_the_sum(server: Server) -> None:
     """Bodies that are under way all at once are there all at once; beside them there is the round, and no copy."""
     rounds = Rounds(server, "sgd")
-    peaks = [rounds.at_once() for _ in range(4)]
+    peaks = [rounds.at_once() for _ in range(2)]
     print(f"{WORKERS} at once: peaks above the idle level, in gradients: {[round(peak, 2) for peak in peaks]}")
     assert max(peaks) < WORKERS + 2
 
