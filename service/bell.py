@@ -40,10 +40,10 @@ class Bell:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        if self._task is not None:
+        # Again and again: redis-py may lose a cancellation that meets a command of its own.
+        while self._task is not None and not self._task.done():
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait((self._task,), timeout=0.1)
 
     @contextlib.asynccontextmanager
     async def listen(self, channel: str) -> AsyncIterator["asyncio.Queue[str]"]:
