@@ -9,13 +9,13 @@ The parameters of a state are never changed in place unless the caller says that
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from core.aggregation.closing import checked_closing, closed, take_in
 from core.aggregation.incoming import check_form, incoming, observe
-from core.aggregation.ledger import Ledger, Sender
+from core.aggregation.ledger import Ahead, Sender
 from core.aggregation.rounds import Round
 from core.bfloat16 import widen
 from core.contributions import (
@@ -51,13 +51,6 @@ class Outcome:
     step: int
     updates: Array | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-
-
-class Ahead(NamedTuple):
-    """Where a session will stand: its step, and a ledger that knows of what comes before."""
-
-    step: int
-    ledger: Ledger
 
 
 class Session:
@@ -117,10 +110,10 @@ class Session:
             return checked_gradient(recipe, self.state, entry)
         check_form(recipe, entry)
         ahead.ledger.admit(recipe.aggregation, ahead.step, sender)
-        point = self.next_point() if entry.payload == "params" else None
+        delayed = recipe.aggregation.delay_compensation is not None and self.state.params is not None
+        point = self.next_point() if entry.payload == "params" or delayed else None
         gradient = checked_gradient(recipe, self.state, entry, point)
-        age = 0 if sender.base_step is None else ahead.step - sender.base_step
-        gradient = incoming(recipe, self.state, entry, gradient, age, ahead.step)
+        gradient = incoming(recipe, self.state, entry, gradient, ahead, point)
         gradient.sender = sender
         return gradient
 

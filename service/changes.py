@@ -5,11 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from core.aggregation.ledger import Ledger
+from core.aggregation.ledger import Ahead, Ledger
 from core.contributions import Checked
 from core.errors import CoreError
 from core.layout import Array
-from core.session import Ahead
 from service.documents import Applied, Document, Precondition, Stamp, StepRequest
 from service.errors import ServiceError
 from service.live import Done, Live

@@ -14,9 +14,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import structlog
+from redis.exceptions import RedisError
 
 from core.errors import CoreError
-from service.errors import Corrupt, ServiceError, SessionNotFound, StoreUnavailable
+from service.errors import Corrupt, ServiceError, SessionNotFound, StoreFull, StoreUnavailable
 from service.store import Store
 
 log = structlog.get_logger("ravine.deadlines")
@@ -85,10 +86,14 @@ class Deadlines:
 
     async def _watch(self) -> None:
         while True:
-            with contextlib.suppress(StoreUnavailable):
+            try:
                 for session, round_, due in await self._store.deadlines(time.time() + 2 * LOOK, MANY):
                     if (session, round_) not in self._alarms:
                         self._set(session, round_, due + GRACE, foreign=True)
+            except StoreUnavailable:
+                pass  # who asks for something is told so
+            except (StoreFull, RedisError) as error:
+                log.warning("deadlines cannot be read", reason=str(error))
             await asyncio.sleep(LOOK)
 
     def _set(self, session: str, round_: int, at: float, *, foreign: bool) -> None:

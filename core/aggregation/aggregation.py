@@ -1,7 +1,8 @@
 """How the contributions of several workers become steps: what was asked for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -124,12 +125,12 @@ class Aggregation:
         if self.delay_compensation is not None and self.delay_compensation.adaptive:
             raise InvalidRecipe("/delay_compensation/adaptive", "it would remember gradients without their noise")
 
-    @property
+    @cached_property
     def rounds(self) -> bool:
         """Whether several contributions make one step."""
         return self.mode in ("sync", "buffered")
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether a contribution is a step as it is, whoever sent it."""
         return self.mode == "async" and not (
@@ -178,7 +179,8 @@ class Aggregation:
     def members(self) -> Mapping[str, Any]:
         """What says something: without what was left out and has no default."""
         without = () if self.noise_multiplier is not None else self.SEPARATE
-        return {name: value for name, value in vars(self).items() if value is not None and name not in without}
+        named = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in without}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 ASYNC = Aggregation()

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from core.aggregation.aggregation import Aggregation
+from core.aggregation.ledger import Ahead
 from core.aggregation.noise import gaussian
 from core.contributions import Contribution, Gradient
 from core.errors import NotReducible
@@ -38,18 +39,23 @@ def check_form(recipe: Recipe, entry: Contribution) -> None:
         raise NotReducible("the noise is worked out for whole contributions: leave no tensor out")
 
 
-def incoming(recipe: Recipe, state: State, entry: Contribution, gradient: Gradient, age: int, step: int) -> Gradient:
-    """`gradient` as it counts, `age` steps old, in a session that stands at `step`; it is not written to."""
+def incoming(
+    recipe: Recipe, state: State, entry: Contribution, gradient: Gradient, ahead: Ahead, point: Array | None
+) -> Gradient:
+    """`gradient` as it counts where the session stands; it is not written to. `point` (n,) is what workers are given
+    now, and needed where a delay is compensated.
+    """
     aggregation = recipe.aggregation
     if aggregation.plain and entry.payload != "deltas":
         return gradient
     if aggregation.delay_compensation is not None:
         gradient = replace(gradient, raw=gradient if aggregation.delay_compensation.adaptive else None)
         if entry.worker in state.delays.backups:
-            gradient = _compensated(recipe, state, gradient, entry.worker or "", sign=_sign(entry))
+            assert point is not None
+            gradient = _compensated(recipe, state, gradient, entry.worker or "", point, sign=_sign(entry))
     coefficient = _sign(entry) * _clip(aggregation, gradient)
     if aggregation.staleness is not None:
-        coefficient *= aggregation.staleness.factor(age)
+        coefficient *= aggregation.staleness.factor(0 if entry.base_step is None else ahead.step - entry.base_step)
     if aggregation.rounds:
         return replace(gradient, coefficient=coefficient)
     if aggregation.reduce.kind == "sum":
@@ -60,7 +66,7 @@ def incoming(recipe: Recipe, state: State, entry: Contribution, gradient: Gradie
         for slot, r in gradient.rows
     ]
     gradient = replace(gradient, dense=dense, rows=rows)
-    return gradient if aggregation.noise_multiplier is None else noisy(recipe, gradient, 1, step + 1)
+    return gradient if aggregation.noise_multiplier is None else noisy(recipe, gradient, 1, ahead.step + 1)
 
 
 def _sign(entry: Contribution) -> float:
@@ -120,16 +126,19 @@ def observe(recipe: Recipe, state: State, gradient: Gradient) -> None:
         home[place] = np.where(np.isfinite(wide), np.minimum(mean, np.finfo(home.dtype).max), home[place])
 
 
-def _compensated(recipe: Recipe, state: State, gradient: Gradient, worker: str, *, sign: float) -> Gradient:
-    """g + λ g ⊙ g ⊙ (w − w_bak), of deltas the same of −delta, with the sign that they came with."""
-    wanted, params = recipe.aggregation.delay_compensation, state.params
+def _compensated(
+    recipe: Recipe, state: State, gradient: Gradient, worker: str, point: Array, *, sign: float
+) -> Gradient:
+    """g + λ g ⊙ g ⊙ (w − w_bak), of deltas the same of −delta, with the sign that they came with. w is the `point` that
+    workers are given now, as w_bak was: some methods hand out others than the parameters.
+    """
+    wanted = recipe.aggregation.delay_compensation
     assert wanted is not None
-    assert params is not None
     backup, mean_square = state.delays.backups[worker], state.delays.mean_square
     made: list[Array] = []
     with np.errstate(all="ignore"):
         for slot, place, g in _pieces(gradient):
-            moved = _stretch(params, slot)[place].astype(np.float64) - _stretch(backup, slot)[place]
+            moved = _stretch(point, slot)[place].astype(np.float64) - _stretch(backup, slot)[place]
             strength: Array | float = wanted.lambda_
             if wanted.adaptive:
                 seen = 0.0 if mean_square is None else _stretch(mean_square, slot)[place].astype(np.float64)

@@ -207,6 +207,13 @@ class Ledger:
         return cls(workers, dict(contributed), received, opened_at, began)
 
 
+class Ahead(NamedTuple):
+    """Where a session will stand: its step, and a ledger that knows of what comes before."""
+
+    step: int
+    ledger: Ledger
+
+
 def _age(step: int, sender: Sender) -> int:
     return 0 if sender.base_step is None else step - sender.base_step
 
