@@ -72,17 +72,20 @@ class Recipe:
         self._check_aggregation()
 
     def _check_aggregation(self) -> None:
-        if not self.needs & {"hessian", "hessian_diagonal"}:
-            return
-        if not self.aggregation.reduce.running:
+        if not self.aggregation.reduce.running and self.needs & {"hessian", "hessian_diagonal"}:
             raise InvalidRecipe(
                 "/aggregation/reduce",
                 f"{self.aggregation.reduce.kind} says nothing of the Hessians that {self.method.kind} needs",
             )
-        if self.aggregation.noise_multiplier is not None:
-            raise InvalidRecipe(
-                "/aggregation/noise_multiplier", f"there is no noise for the Hessians that {self.method.kind} needs"
-            )
+        if self.aggregation.noise_multiplier is None:
+            return
+        unprotected = sorted(self.needs & {"hessian", "hessian_diagonal", "loss"})
+        if unprotected:
+            sentence = f"there is no noise on what is needed beside the gradients: {', '.join(unprotected)}"
+            raise InvalidRecipe("/aggregation/noise_multiplier", sentence)
+        if any(self.mends):
+            sentence = "a transform makes something of NaN or infinity, which no clip_norm and no noise hide"
+            raise InvalidRecipe("/aggregation/noise_multiplier", sentence)
 
     def _check_transforms(self) -> None:
         for index, transform in enumerate(self.transforms):

@@ -108,7 +108,7 @@ class Session:
         named = sender.worker is not None or sender.base_step is not None
         if recipe.aggregation.plain and not named and entry.payload == "gradients":
             return checked_gradient(recipe, self.state, entry)
-        check_form(recipe, entry)
+        check_form(recipe, entry, held=self.state.params is not None)
         ahead.ledger.admit(recipe.aggregation, ahead.step, sender)
         delayed = recipe.aggregation.delay_compensation is not None and self.state.params is not None
         point = self.next_point() if entry.payload == "params" or delayed else None

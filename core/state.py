@@ -215,7 +215,9 @@ def _read_workers(recipe: Recipe, state: State, arrays: Mapping[str, Array], tex
         state.round = Round.read(text.get("round", {}), {n: a for n, a in copies.items() if n.startswith(ROUND)})
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise InvalidState(f"what is known of the workers cannot be read: {error!r}") from None
-    state.delays = Delays.read({name: a for name, a in copies.items() if name.startswith(DELAY)}, size, dtype)
+    state.delays = Delays.read(
+        {name: a for name, a in copies.items() if name.startswith(DELAY)}, size, dtype, aggregation.backups
+    )
     state.round.check(size, dtype, {slot.name: slot.shape[0] if slot.shape else None for slot in recipe.layout})
     running, kept = state.round.total is not None, len(state.round.kept)
     received = state.ledger.received
@@ -248,7 +250,7 @@ def unfinished(recipe: Recipe, state: State) -> str:
     weights = round_.weights
     lacks = {
         "no gradient of a tensor": running and not weights.keys() >= set(live),
-        "no loss": ":loss" not in weights and ("loss" in needs or round_.loss != 0),
+        "no loss": ":loss" not in weights and ("loss" in needs or round_.loss != 0 or bool(round_.losses)),
         "no Hessian": ("hessian" in needs or round_.hessian is not None)
         and not _has(weights, round_.hessian, ":hessian"),
         "no diagonal of the Hessian": due

@@ -52,13 +52,14 @@ def of_round(
         needed, held = session.recipe.aggregation.needed, session.state.params is not None
         return Pending(live.stamp, round_, position, needed, held, replayed)
     wanted = returns(live, request)
-    closed = live.closed
-    lr = session.rate() if closed is None else closed.lr
-    norm = None if closed is None else closed.grad_norm
     point = live.point("next") if wanted == "params" else None
+    # Current parameters go with the current stamp; whatever else is told is told of the round.
+    stamp = live.stamp if point is not None else Stamp(round_, live.stamp.commit)
+    closed = live.closed if live.closed is not None and live.closed.step == stamp.step else None
+    lr, norm = (None, None) if closed is None else (closed.lr, closed.grad_norm)
     updates = _kept(live, ROUND, round_) if wanted == "updates" else None
     params = None if point is None else point.flat
-    return Applied(live.stamp, session.layout, params, updates, lr, norm, session.metrics(), replayed, point=point)
+    return Applied(stamp, session.layout, params, updates, lr, norm, session.metrics(), replayed, point=point)
 
 
 def _kept(live: Live, worker: str, step: int) -> Array | None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from core.contributions import Checked, Closing, Contribution, Gradient, NewParams, NewRecipe, Pull, Reduced
+from core.contributions import Checked, Closing, Gradient, NewParams, NewRecipe, Pull, Reduced
 from core.errors import CoreError, NonFinite, ParamsNotHeld, RoundOpen
 from core.layout import Array
 from core.session import Outcome
@@ -32,7 +32,6 @@ from service.store import Outcome as Appended
 from service.store import Store
 
 T = TypeVar("T")
-EMPTY = Contribution({})
 
 
 class Committer:
@@ -80,7 +79,7 @@ class Committer:
         """All of them, in as many batches as it takes; and rounds that are over, as soon as they are."""
         waiting: Sequence[Change] | None = changes
         while waiting or (waiting is not None and live.closable(time.time())):
-            if live.closable(time.time()):
+            if live.closable(time.time()) and not (waiting and waiting[0].closing):
                 closing = Change(new_future(), None, closing=live.session.state.step + 1)
                 closing.future.add_done_callback(_heard)
                 waiting = [closing, *waiting]
@@ -167,7 +166,7 @@ class Committer:
         elif change.change is not None:
             plan.document = change.change(live.document)
             plan.checked = session.check(NewRecipe(plan.document.recipe))
-        elif change.closing is not None:
+        elif change.closing is not None and change.closing > session.state.step:
             at = time.time()
             if not live.closable(at):
                 due = live.due(change.closing, at)
@@ -266,14 +265,15 @@ class Committer:
             if isinstance(checked, Reduced):
                 live.close_round(outcome, plan.rate, checked.norm)
                 self._deadlines.seen_to(live.id, outcome.step)
-            resolve(change.future, (before, live.document) if plan.document else live.stamp)
+            told: Any = (before, live.document) if plan.document else live.stamp
+            resolve(change.future, told if change.puller is None else await self.compute(large, live.point, "next"))
             return
         updates = outcome.updates if wanted == "updates" and not plan.position else None
         if request.key is not None and plan.done is not None:
             live.remember(request.key, plan.done, updates)
         if plan.position:
             live.asked |= wanted == "updates"
-            request.contribution = EMPTY  # it is in the round: its body must not be there when that is closed
+            request.release()  # it is in the round: its body must not be there when that is closed
             told = answers.of_round(live, request, outcome.step + 1, plan.position)
             self._reply(change, replace(told, over=plan.closes) if isinstance(told, Pending) else told)
             return

@@ -21,11 +21,11 @@ from typing import Any, Final, NoReturn, TypeGuard, get_args
 
 import numpy as np
 
+from core.aggregation.ledger import is_name
 from core.compression import Numbers, Places, Quantized
 from core.contributions import Contribution, Payload
 from core.layout import Array, Rows, Sent
 from service.errors import Fault, InvalidRequest
-from service.http import is_worker
 from service.tensors import check_floats, of_tensors
 from service.wire import json, safetensors
 from service.wire.inflate import Body
@@ -70,8 +70,7 @@ def _base_step(value: object) -> str | None:
 
 
 def _worker(value: object) -> str | None:
-    known = type(value) is str and is_worker(value)
-    return None if known else WORKER
+    return None if is_name(value) else WORKER
 
 
 def _payload(value: object) -> str | None:

@@ -199,7 +199,7 @@ class Sessions:
         query = _call(request).query(("limit", "after"))
         limit = _integer(query, "limit", PAGE, 1, MAX_PAGE)
         after = query.get("after", "")
-        found = [worker for worker in await self._engine.workers(session) if worker["worker"] > after]
+        found = await self._engine.workers(session, after, limit + 1)
         return _json({"data": found[:limit], "has_more": len(found) > limit}, headers=_FRESH)
 
     async def open_round(self, request: Request, session: str) -> Response:

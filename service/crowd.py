@@ -9,9 +9,12 @@ from service.errors import NoRounds
 from service.live import Live
 
 
-def workers(live: Live, at: float) -> list[dict[str, Any]]:
-    """Each worker by name; `gone` is one of which nothing was heard for `worker_timeout` at the time `at`."""
+def workers(live: Live, at: float, after: str, limit: int) -> list[dict[str, Any]]:
+    """At most `limit` workers after `after`, by name; `gone` is one of which nothing was heard for `worker_timeout` at
+    the time `at`.
+    """
     ledger, aggregation = live.session.state.ledger, live.session.recipe.aggregation
+    names = sorted(name for name in ledger.workers if name > after)[:limit]
     return [
         {
             "worker": name,
@@ -23,7 +26,7 @@ def workers(live: Live, at: float) -> list[dict[str, Any]]:
             "clock": worker.clock,
             "gone": ledger.gone(aggregation, name, at),
         }
-        for name, worker in sorted(ledger.workers.items())
+        for name, worker in ((name, ledger.workers[name]) for name in names)
     ]
 
 

@@ -23,12 +23,12 @@ from typing import Final, Literal, TypeAlias, TypeVar, get_args
 
 from xxhash import xxh3_128
 
-from core.contributions import Contribution
+from core.aggregation.ledger import is_name
 from core.errors import CoreError, TooFarAhead
 from service import contributions, replies
 from service.documents import Event, Pending, StepRequest
 from service.engine import Engine
-from service.errors import Fault, InvalidRequest, ServiceError
+from service.errors import Fault, InvalidRequest, ServiceError, StoreFull, StoreUnavailable
 from service.http import (
     FORMATS,
     ClientGone,
@@ -41,7 +41,6 @@ from service.http import (
     Waits,
     body_format,
     idempotency_key,
-    is_worker,
     last_event_id,
     media_type,
     negotiate,
@@ -59,7 +58,6 @@ PREFIX: Final = "/v1/sessions"
 PING: Final = 15.0  # seconds; proxies take a connection for dead after 30 or 60 without a byte
 MAX_WAIT: Final = 60.0  # seconds
 TRY_AGAIN: Final = 0.5  # seconds
-EMPTY: Final = Contribution({})
 LARGE_JSON: Final = 256 << 10  # bytes from which JSON is parsed in a thread, so that others get their turns meanwhile
 
 T = TypeVar("T")
@@ -174,11 +172,15 @@ class DataPlane:
                 if left <= 0 or await self._waits.run(request.receive, turn) is None:
                     turn.close()
                     raise
-        if isinstance(told, Pending) and seconds:
-            step.contribution = EMPTY  # its body may be large, and the wait long
+        if not isinstance(told, Pending) or not seconds:
+            return told
+        step.release()  # its body may be large, and the wait long
+        try:
             closed = self._engine.wait(session, told.round - 1, deadline - monotonic())
             if await self._waits.run(request.receive, closed):
-                told = await self._engine.round(session, step, told, encode)
+                return await self._engine.round(session, step, told, encode)
+        except (StoreUnavailable, StoreFull):
+            pass  # the contribution is in the log, and that is what the client is told
         return told
 
     # Parameters
@@ -318,7 +320,7 @@ def _point(members: Mapping[str, str]) -> tuple[At, int | None, float]:
         faults.append(Fault("/query/wait", f"must be a number of seconds from 0 to {MAX_WAIT:g}"))
     if "wait" in members and "after" not in members:
         faults.append(Fault("/query/wait", "means something beside `after` alone: the step to be left behind"))
-    if "worker" in members and not is_worker(members["worker"]):
+    if "worker" in members and not is_name(members["worker"]):
         faults.append(Fault("/query/worker", contributions.WORKER))
     if "worker" in members and at == "final":
         faults.append(Fault("/query/worker", "pulls the point at which its next gradient is taken: `at` is next"))

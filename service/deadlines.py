@@ -10,15 +10,14 @@ happen: it is a commit like any other.
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import structlog
 from redis.exceptions import RedisError
 
 from core.errors import CoreError
-from service.errors import Corrupt, ServiceError, SessionNotFound, StoreFull, StoreUnavailable
-from service.store import Store
+from service.errors import ServiceError, SessionNotFound, StoreFull, StoreUnavailable
+from service.store import STAGED_SECONDS, Store
 
 log = structlog.get_logger("ravine.deadlines")
 
@@ -26,6 +25,9 @@ log = structlog.get_logger("ravine.deadlines")
 LOOK, GRACE = 0.25, 0.03
 # The loop's timers are a millisecond off the clock at times.
 EARLY = 0.001
+# A round that cannot be closed when it is due is tried again after so many seconds, for so long: a contribution may
+# be in the log later than it was announced, as long as its chunks are kept for it.
+AGAIN, LOST = 2.0, 1.5 * STAGED_SECONDS
 # So many deadlines are looked at at once.
 MANY = 1000
 
@@ -42,12 +44,14 @@ class Deadlines:
         self._due: dict[Alarm, float] = {}  # when each of them rings
         self._tasks: set[asyncio.Task[None]] = set()
         self._watcher: asyncio.Task[None] | None = None
+        self._stopped = False
 
     def start(self) -> None:
         self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
         """What is not closed by now is another replica's, or the next process's."""
+        self._stopped = True
         tasks = [task for task in (self._watcher, *self._alarms.values(), *self._tasks) if task is not None]
         for task in tasks:
             task.cancel()
@@ -73,12 +77,10 @@ class Deadlines:
         alarm = self._alarms.get((session, round_))
         if alarm is not None and alarm is not asyncio.current_task():
             alarm.cancel()
-        self._spawn(self._forget(session, round_))
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if not self._stopped:
+            task = asyncio.create_task(self._forget(session, round_))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _forget(self, session: str, round_: int) -> None:
         with contextlib.suppress(ServiceError):
@@ -98,6 +100,8 @@ class Deadlines:
 
     def _set(self, session: str, round_: int, at: float, *, foreign: bool) -> None:
         alarm = (session, round_)
+        if self._stopped:
+            return
         self._due[alarm] = at
         if alarm not in self._alarms:
             task = self._alarms[alarm] = asyncio.create_task(self._watch_over(alarm, foreign=foreign))
@@ -107,23 +111,33 @@ class Deadlines:
         del self._alarms[alarm], self._due[alarm]
 
     async def _watch_over(self, alarm: Alarm, *, foreign: bool) -> None:
-        """Rings when it is due, and again where it was put off meanwhile."""
-        rang = 0.0
-        while (at := self._due[alarm]) > rang:
+        """Rings when it is due; again where it was put off meanwhile, or where the round may yet come to its end."""
+        first = at = self._due[alarm]
+        while True:
             # A clock that is set back meanwhile makes it early: nothing can be closed then, and the entry must stay.
             await asyncio.sleep(max(0.0, at - time.time() + EARLY))
-            await self._ring(*alarm, foreign=foreign)
-            rang = at
+            settled = await self._ring(*alarm, foreign=foreign)
+            if self._due[alarm] > at:
+                first = at = self._due[alarm]
+            elif settled:
+                return
+            elif time.time() > first + LOST:
+                await self._forget(*alarm)
+                return
+            else:
+                at = self._due[alarm] = time.time() + AGAIN
 
-    async def _ring(self, session: str, round_: int, *, foreign: bool) -> None:
+    async def _ring(self, session: str, round_: int, *, foreign: bool) -> bool:
+        """Whether nothing more is to be done about the round."""
         try:
             if foreign and not await self._store.is_due(session, round_):
-                return
+                return True
             await self._close(session, round_)
-        except (CoreError, SessionNotFound, Corrupt) as error:
-            # It was closed, never opened, or waits for its quorum: the contribution that brings that closes it.
-            log.debug("nothing to close", session=session, round=round_, reason=str(error))
-            if time.time() >= self._due[session, round_]:
-                await self._forget(session, round_)
-        except ServiceError as error:  # the store is away: the next look sets another alarm
-            log.warning("round not closed yet", session=session, round=round_, reason=str(error))
+        except SessionNotFound:
+            pass
+        except (CoreError, ServiceError) as error:
+            # It waits for its quorum, its contribution is on the way to the log, or the store is away.
+            log.debug("round not closed yet", session=session, round=round_, reason=str(error))
+            return False
+        await self._forget(session, round_)
+        return True

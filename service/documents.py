@@ -56,6 +56,9 @@ class Precondition:
         return self.any or any(step == stamp.step and commit in (None, stamp.commit) for step, commit in self.stamps)
 
 
+EMPTY = Contribution({})
+
+
 @dataclass(slots=True)
 class StepRequest:
     """A contribution and what its sender asked for beside it. `size` is the bytes of the body."""
@@ -67,6 +70,10 @@ class StepRequest:
     key: str | None = None
     digest: str = ""
 
+    def release(self) -> None:
+        """Lets the tensors go, once they are in the log and in the session."""
+        self.contribution = EMPTY
+
 
 @dataclass(slots=True)
 class Applied:
@@ -76,7 +83,7 @@ class Applied:
     layout: Layout
     params: Array | None
     updates: Array | None
-    lr: float
+    lr: float | None
     grad_norm: float | None
     metrics: Mapping[str, Any] = field(default_factory=dict)  # what the transforms have to say
     replayed: bool = False

@@ -129,7 +129,8 @@ class Engine:
             return live.frozen(), live.document
 
         session, document = await self._look(id_, copy, threaded=True)
-        return await self._create(session, replace(document, created_at=now()))
+        session.recipe = files.with_new_noise(session.recipe)
+        return await self._create(session, replace(document, recipe=session.recipe, created_at=now()))
 
     async def _create(self, session: Session, document: Document, *, new: bool = False) -> tuple[dict[str, Any], Stamp]:
         id_, commit, snap = new_id(), new_commit(), secrets.token_hex(4)
@@ -147,6 +148,8 @@ class Engine:
         if deadline is not None:
             await self._deadlines.announce(id_, step + 1, deadline)
         await self._store.create(id_, snap, safetensors.write(tensors, text), fields)
+        if deadline is not None:  # once more: whoever looked before there was a session has taken it away
+            await self._deadlines.announce(id_, step + 1, deadline)
         return await self.session(id_)
 
     async def session(self, id_: str) -> tuple[dict[str, Any], Stamp]:
@@ -206,6 +209,7 @@ class Engine:
             outcome = await self._store.delete(id_, head, None if if_match is None else head.commit)
             if outcome != "STALE":
                 break
+        self._deadlines.seen_to(id_, head.step + 1)
         labels = orjson.loads(head.document)["labels"]
         await self._store.leave(id_, labels.items())
         if (live := self._live.get(id_)) is not None:
@@ -222,7 +226,10 @@ class Engine:
         change = Change(new_future(), request.if_match, request.size, step=request, encode=encode)
         result: T | Pending = await self._enqueue(id_, change)
         if isinstance(result, Pending) and result.over:
-            return await self.round(id_, request, result, encode)  # the closing is in the same queue, before this
+            try:
+                return await self.round(id_, request, result, encode)  # the closing is in the same queue, before this
+            except (StoreUnavailable, StoreFull):
+                return result  # it is in the log, whatever became of the closing
         return result
 
     async def round(
@@ -230,38 +237,28 @@ class Engine:
     ) -> T | Pending:
         """What became of the round that a contribution went into: its step if it is closed, else Pending as before."""
 
-        def read(live: Live) -> T | Pending:
-            told = answers.of_round(live, request, pending.round, pending.received, replayed=pending.replayed)
-            return told if isinstance(told, Pending) else encode(told)
+        def read(live: Live) -> Applied | Pending:
+            return answers.of_round(live, request, pending.round, pending.received, replayed=pending.replayed)
 
-        result: T | Pending = await self._look(id_, read)
-        return result
+        told: Applied | Pending = await self._look(id_, read, threaded=True)
+        return told if isinstance(told, Pending) else encode(told)  # neither points nor kept updates ever change
 
     async def close_round(self, id_: str, round_: int) -> None:
-        """Closes the open round if it is this one and is over. Raises RoundOpen."""
+        """Closes the open round if it is this one; one that is closed stays so. Raises RoundOpen if it is not over."""
         await self._enqueue(id_, Change(new_future(), None, closing=round_))
 
     async def pull(self, id_: str, worker: str) -> Point:
         """The parameters, remembered as what `worker` has where delays are compensated. Raises ParamsNotHeld."""
 
-        def read(live: Live) -> tuple[Point, bool]:
-            return live.point("next"), live.session.recipe.aggregation.delay_compensation is not None
+        remembered = await self._look(id_, lambda live: live.session.recipe.aggregation.delay_compensation is not None)
+        if not remembered:
+            return await self.params(id_, "next")
+        point: Point = await self._enqueue(id_, Change(new_future(), None, puller=worker))
+        return point
 
-        while True:
-            found: tuple[Point, bool] = await self._look(id_, read, threaded=True)
-            point, remembered = found
-            if not remembered:
-                return point
-            there = Precondition(False, ((point.stamp.step, point.stamp.commit),))
-            try:
-                await self._enqueue(id_, Change(new_future(), there, puller=worker))
-            except StepConflict:  # there are newer ones
-                continue
-            return point
-
-    async def workers(self, id_: str) -> list[dict[str, Any]]:
-        """What is known of each worker, by name."""
-        found: list[dict[str, Any]] = await self._look(id_, lambda live: crowd.workers(live, time.time()))
+    async def workers(self, id_: str, after: str, limit: int) -> list[dict[str, Any]]:
+        """What is known of at most `limit` workers whose names come after `after`, by name."""
+        found: list[dict[str, Any]] = await self._look(id_, lambda live: crowd.workers(live, time.time(), after, limit))
         return found
 
     async def open_round(self, id_: str) -> tuple[dict[str, Any], Stamp]:

@@ -22,7 +22,7 @@ def write(live: Live, plan: Planned, cursor: Cursor) -> None:
     commit, moment = new_commit(), now()
     held = live.session.state.params is not None
     text = {"commit": commit, "parent": cursor.parent, "time": moment}
-    plan.item = item = LogItem(commit, text, {}, {"time": moment})
+    plan.item = item = LogItem(commit, text, {})
     stamp, request = Stamp(cursor.stamp.step, commit), plan.change.step
     if request is not None and isinstance(plan.checked, Gradient):
         stamp = _contribution(live, request, plan, plan.checked, item, cursor)
@@ -41,6 +41,8 @@ def write(live: Live, plan: Planned, cursor: Cursor) -> None:
         item.metadata |= {"kind": "document", "document": orjson.dumps(plan.document.describe()).decode()}
         item.head["document"] = orjson.dumps(files.describe(plan.document))
     item.head |= {"step": stamp.step, "held": int(held)}
+    if stamp.commit == commit:  # a client sees that something changed
+        item.head["time"] = moment
     if live.quiet:
         item.head["mark"] = stamp.commit
     cursor.stamp, cursor.parent = stamp, commit

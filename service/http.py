@@ -378,7 +378,6 @@ def prefer(value: str | None) -> dict[str, str]:
 
 
 _KEY: Final = re.compile(r"[ -~]{1,255}")
-_WORKER: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _STEP: Final = re.compile(r"[0-9]{1,16}")
 
 
@@ -387,10 +386,6 @@ def idempotency_key(value: str | None) -> str | None:
     if value is not None and not _KEY.fullmatch(value):
         raise _refused("Idempotency-Key", "must be 1 to 255 printable ASCII characters")
     return value
-
-
-def is_worker(name: str) -> bool:
-    return _WORKER.fullmatch(name) is not None
 
 
 def last_event_id(value: str | None) -> int | None:

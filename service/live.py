@@ -6,6 +6,7 @@ that applies the same entries holds the same bits, the memory of idempotency key
 
 import asyncio
 import re
+import secrets
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from core.contributions import Closing, Contribution, Entry, NewParams, NewRecip
 from core.errors import CoreError, InvalidState
 from core.evaluate import Evaluator
 from core.layout import Array
+from core.recipe import Recipe
 from core.session import Outcome, Session
 from core.state import State, state_of, tensors_of, workers_of
 from service import tensors as forms
@@ -150,10 +152,10 @@ class Live:
     def advance(self, entry_commit: str, chunks: int, size: int, updated_at: str, *, visible: bool = True) -> None:
         """Memory stands at `entry_commit` now; not `visible`: it changed nothing that a client can see."""
         if visible:
-            self.head.mark = entry_commit
+            self.head.mark, self.head.updated_at = entry_commit, updated_at
             self.points.clear()
         self.head.commit, self.head.step = entry_commit, self.session.state.step
-        self.head.updated_at, self.head.held = updated_at, self.session.state.params is not None
+        self.head.held = self.session.state.params is not None
         self.head.seq += 1
         self.log.append(Logged(entry_commit, chunks, size))
         self.log_bytes += size
@@ -284,6 +286,13 @@ def preview(session: Session, steps: int) -> dict[str, Any]:
 
 
 # Files
+
+
+def with_new_noise(recipe: Recipe) -> Recipe:
+    """The recipe of a session that goes its own way: the same noise on two ways could be subtracted."""
+    if recipe.aggregation.seed is None:
+        return recipe
+    return replace(recipe, aggregation=replace(recipe.aggregation, seed=secrets.randbelow(MAX_INTEGER)))
 
 
 def describe(document: Document) -> dict[str, Any]:

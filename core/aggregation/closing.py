@@ -36,8 +36,11 @@ def take_in(recipe: Recipe, round_: Round, gradient: Gradient, weight: float) ->
         round_.kept.append(whole)
         round_.shares.append(weight)
     if gradient.loss is not None:
-        round_.loss = float(np.clip(round_.loss + weight * gradient.loss, -LARGEST, LARGEST))
         _count(round_, LOSS, weight)
+        if recipe.aggregation.reduce.running:
+            round_.loss = float(np.clip(round_.loss + weight * gradient.loss, -LARGEST, LARGEST))
+        else:  # nobody's weight is to move it, nor a single one's word
+            round_.losses.append(gradient.loss)
     _take_beside(recipe, round_, gradient, weight)
 
 
@@ -109,9 +112,7 @@ def checked_closing(recipe: Recipe, state: State, entry: Closing) -> Reduced:
     received = state.ledger.received
     if not aggregation.rounds or entry.round != state.step + 1 or received < aggregation.fewest:
         raise RoundOpen(f"round {entry.round} cannot be closed at step {state.step} with {received} contributions")
-    loss = None
-    if LOSS in round_.weights:
-        loss = float(np.clip(round_.loss / round_.weights[LOSS], -LARGEST, LARGEST))
+    loss = _loss(round_)
     if not aggregation.reduce.running:
         reduced = bounded(aggregation.reduce.reduce(round_.kept, round_.shares), recipe)
         gradient = _gradient(recipe, round_, reduced, loss)
@@ -146,6 +147,16 @@ def _worked_out(recipe: Recipe, round_: Round, total: Array, loss: float | None,
                 block = slice(start, start + BLOCK)
                 part[block] = bounded(part[block].astype(np.float64, copy=False) / divisor, recipe)
     return _gradient(recipe, round_, total, loss, found)
+
+
+def _loss(round_: Round) -> float | None:
+    """The mean of the losses by weight, or where contributions are compared their median."""
+    if round_.losses:
+        ordered, middle = sorted(round_.losses), len(round_.losses) // 2
+        return ordered[middle] if len(ordered) % 2 else ordered[middle - 1] / 2 + ordered[middle] / 2
+    if LOSS not in round_.weights:
+        return None
+    return float(np.clip(round_.loss / round_.weights[LOSS], -LARGEST, LARGEST))
 
 
 def _divisor(recipe: Recipe, round_: Round, slot: Slot) -> float:

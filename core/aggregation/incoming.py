@@ -25,12 +25,20 @@ from core.sums import BLOCK, length, norm
 EPSILON = 1e-7
 
 
-def check_form(recipe: Recipe, entry: Contribution) -> None:
-    """Raises NotReducible for a contribution that the aggregation has no meaning for."""
+def check_form(recipe: Recipe, entry: Contribution, *, held: bool) -> None:
+    """Raises NotReducible for a contribution that the aggregation has no meaning for; `held`: the session has the
+    parameters.
+    """
     aggregation = recipe.aggregation
     whole = not entry.partial and len(entry.gradients) == len(recipe.layout.slots)
     if aggregation.rounds and not aggregation.reduce.running and not whole:
         raise NotReducible(f"{aggregation.reduce.kind} compares whole contributions: leave no tensor out")
+    if aggregation.rounds and not aggregation.reduce.running and "params" in recipe.needs and not held:
+        raise NotReducible(
+            f"{aggregation.reduce.kind} cannot tell whose parameters are right: give the session its own"
+        )
+    if aggregation.delay_compensation is not None and entry.payload == "params":
+        raise NotReducible("a worker's parameters are compared with those of now: there is no delay to compensate")
     if aggregation.noise_multiplier is None:
         return
     if entry.weight != 1.0:

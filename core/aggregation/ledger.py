@@ -29,6 +29,16 @@ LATEST = 2.5e11
 MOST = 2**53 - 1  # every JSON reader has it exactly
 
 
+# What a worker may be called.
+LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+LONGEST_NAME = 64
+
+
+def is_name(name: object) -> bool:
+    """Whether a worker may be called so."""
+    return isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and LETTERS.issuperset(name)
+
+
 class Sender(NamedTuple):
     """What a contribution says of itself. `pulls`: its sender is given the parameters that come of it."""
 
@@ -198,8 +208,8 @@ class Ledger:
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> "Ledger":
         """The inverse of `describe`. Raises ValueError, TypeError, KeyError, AttributeError for what is none."""
-        workers = {_text(name): _worker(values) for name, values in described.get("workers", {}).items()}
-        contributed = Counter(map(_text, described.get("contributed", [])))
+        workers = {_name(name): _worker(values) for name, values in described.get("workers", {}).items()}
+        contributed = Counter(map(_name, described.get("contributed", [])))
         received = _count(described.get("received", 0))
         opened_at, began = (_moment(described.get(name, 0.0)) for name in ("opened_at", "began"))
         if contributed.total() > received:
@@ -241,7 +251,7 @@ def _number(value: Any, most: float) -> float:
     return float(value)
 
 
-def _text(value: Any) -> str:
-    if type(value) is not str:
-        raise TypeError(f"{value!r} is no name")
-    return value
+def _name(value: Any) -> str:
+    if not is_name(value):
+        raise ValueError(f"{value!r} is no worker's name")
+    return str(value)

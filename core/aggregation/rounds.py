@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from core.aggregation.ledger import is_name
 from core.errors import InvalidState
 from core.layout import Array
 
@@ -25,7 +26,8 @@ ROUND, DELAY = ":round.", ":delay."
 @dataclass(slots=True)
 class Round:
     """`weights`: tensor, or ":loss" and the like -> the sum of the weights that it was sent with. `rows`: of a tensor
-    that came row-sparse only, the rows; None once it came whole. `shares` are the weights of those that are `kept`.
+    that came row-sparse only, the rows; None once it came whole. `shares` are the weights of those that are `kept`, and
+    `losses` what came with them; of the others `loss` is the weighted sum.
     """
 
     total: Array | None = None
@@ -37,6 +39,7 @@ class Round:
     diagonal: Array | None = None
     params: Array | None = None
     loss: float = 0.0
+    losses: list[float] = field(default_factory=list)
 
     @property
     def arrays(self) -> dict[str, Array]:
@@ -60,7 +63,8 @@ class Round:
     def describe(self) -> dict[str, Any]:
         """What is no array, as JSON values; empty for a round that nobody has contributed to."""
         whole = [name for name, rows in self.rows.items() if rows is None]
-        found = {"weights": self.weights, "shares": self.shares, "whole": whole, "loss": self.loss}
+        found: dict[str, Any] = {"weights": self.weights, "shares": self.shares, "whole": whole}
+        found |= {"loss": self.loss, "losses": self.losses}
         return {name: value for name, value in found.items() if value}
 
     @classmethod
@@ -73,15 +77,16 @@ class Round:
         made = cls(
             total=given.pop("total", None),
             kept=kept,
-            weights={str(name): float(weight) for name, weight in described.get("weights", {}).items()},
-            shares=[float(share) for share in described.get("shares", [])],
+            weights={str(name): _number(weight) for name, weight in described.get("weights", {}).items()},
+            shares=[_number(share) for share in described.get("shares", [])],
             rows={**rows, **whole},
             hessian=given.pop("hessian", None),
             diagonal=given.pop("hessian_diagonal", None),
             params=given.pop("params", None),
-            loss=float(described.get("loss", 0.0)),
+            loss=_number(described.get("loss", 0.0)),
+            losses=[_number(loss) for loss in described.get("losses", [])],
         )
-        if given or len(made.shares) != len(kept) or rows.keys() & whole.keys():
+        if given or len(made.shares) != len(kept) or len(made.losses) > len(kept) or rows.keys() & whole.keys():
             raise InvalidState("the open round has arrays, or weights, that do not belong together")
         return made
 
@@ -97,10 +102,17 @@ class Round:
         for name, indices in self.rows.items():
             if name not in rows or (indices is not None and not _are_rows(indices, rows[name])):
                 raise InvalidState(f"the open round's rows of {name!r} are not rows of it")
-        if not np.isfinite(self.loss) or not all(
-            np.isfinite(weight) and weight > 0 for weight in [*self.weights.values(), *self.shares]
-        ):
+        beside = [array for array in (self.hessian, self.diagonal, self.params) if array is not None]
+        if not all(np.isfinite(array).all() for array in [*beside, np.array([self.loss, *self.losses])]):
+            raise InvalidState("what came beside the gradients of the open round is not finite")
+        if not all(np.isfinite(weight) and weight > 0 for weight in [*self.weights.values(), *self.shares]):
             raise InvalidState("a weight of the open round is none")
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def _are_rows(indices: Array, count: int | None) -> bool:
@@ -140,8 +152,8 @@ class Delays:
                 del self.backups[name]
 
     @classmethod
-    def read(cls, arrays: Mapping[str, Array], size: int, dtype: np.dtype[Any]) -> "Delays":
-        """Raises InvalidState."""
+    def read(cls, arrays: Mapping[str, Array], size: int, dtype: np.dtype[Any], most: int) -> "Delays":
+        """`most` workers have a backup. Raises InvalidState."""
         made = cls()
         for name, array in arrays.items():
             if array.shape != (size,) or array.dtype != dtype:
@@ -150,8 +162,10 @@ class Delays:
                 if not (np.isfinite(array) & (array >= 0)).all():
                     raise InvalidState(f"{name!r} holds a value that it cannot have")
                 made.mean_square = array
-            elif name.startswith(f"{DELAY}backup."):
+            elif name.startswith(f"{DELAY}backup.") and is_name(name.removeprefix(f"{DELAY}backup.")):
                 made.backups[name.removeprefix(f"{DELAY}backup.")] = array
             else:
                 raise InvalidState(f"the state has a tensor {name!r} that the recipe does not know")
+        if len(made.backups) > most:
+            raise InvalidState(f"{len(made.backups)} workers have a backup, and at most {most} can")
         return made

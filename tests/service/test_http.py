@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.aggregation.ledger import is_name
 from service import http
 from service.documents import Precondition, Stamp
 from service.errors import InvalidRequest, NotAcceptable, UnsupportedMedia
@@ -191,8 +192,8 @@ def test_other_idempotency_keys_are_refused(key: str) -> None:
 
 
 def test_workers() -> None:
-    assert all(map(http.is_worker, ["a", "A.b_c-9", "x" * 64]))
-    assert not any(map(http.is_worker, ["", "x" * 65, "a b", "a/b", "é", "a\n"]))
+    assert all(map(is_name, ["a", "A.b_c-9", "x" * 64]))
+    assert not any(map(is_name, ["", "x" * 65, "a b", "a/b", "é", "a\n"]))
 
 
 def test_last_event_id() -> None:
