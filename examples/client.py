@@ -72,11 +72,14 @@ class Ravine:
         self._prefix = parts.path.rstrip("/")
 
     def call(self, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Reply:
-        """Sends until there is an answer: so only what may be sent twice. Raises Refused, Unreachable."""
+        """Sends until there is an answer: so only what may be sent twice. A worker that is too far ahead of the others
+        waits for them, no longer than for a service that is away. Raises Refused, Unreachable.
+        """
         deadline = time.monotonic() + self._patience
         attempts = 0
         while True:
             attempts += 1
+            ahead = None
             pause = min(PAUSE_SECONDS * 2**attempts, LONGEST_PAUSE_SECONDS)
             pause *= random.uniform(0.5, 1)  # or all workers would come back at once
             try:
@@ -84,11 +87,15 @@ class Ravine:
             except (OSError, http.client.HTTPException) as error:
                 failure = repr(error)
             else:
-                if reply.status not in AGAIN and (reply.status != 500 or attempts > 1):  # 500: once more, no more
+                ahead = reply if is_too_far_ahead(reply) else None
+                again = ahead or reply.status in AGAIN or (reply.status == 500 and attempts == 1)
+                if not again:
                     return accepted(reply)
                 failure = str(reply.status)
                 pause = max(pause, asked_pause(reply))
             if time.monotonic() + pause > deadline:
+                if ahead is not None:
+                    return accepted(ahead)  # which raises: the others are slow, the service is there
                 raise Unreachable(f"{method} {path}: {failure}, after {attempts} attempts")
             time.sleep(pause)
 
@@ -120,24 +127,26 @@ class Session:
 
     def poll(self, after: int, wait: float) -> Point | None:
         """The parameters as soon as there is a step behind `after`; None if there is none for `wait` seconds."""
-        return self._params(f"?{urlencode({'after': after, 'wait': wait})}")
+        return self._params({"after": after, "wait": wait})
 
     def pull(self, after: int | None = None) -> Point:
         """The parameters: those of now, or of a step behind `after`, however long it takes."""
-        found = self._params("") if after is None else None
+        found = self._params({}) if after is None else None
         while found is None:
             found = self.poll(after or 0, WAIT_SECONDS)
         return found
 
-    def _params(self, query: str) -> Point | None:
-        reply = self._ravine.call("GET", f"{self._path}/params{query}", headers={"Accept": SAFETENSORS})
+    def _params(self, query: dict[str, float]) -> Point | None:
+        # Where delays are compensated the service remembers what it gave to whom; elsewhere the name does nothing.
+        named = urlencode(query | ({"worker": self._worker} if self._worker else {}))
+        reply = self._ravine.call("GET", f"{self._path}/params?{named}", headers={"Accept": SAFETENSORS})
         return None if reply.status == 304 else point(reply)
 
     def contribute(self, payload: str, tensors: Tensors, **members: float) -> Point:
         """Sends "gradients" or "deltas", waits for the round that they go into, and returns where the session is then.
 
         `members` are such as `base_step`, `weight` and `loss`. Raises Refused: with status 409 when a contribution
-        comes too late, or is this worker's second one to a round.
+        comes too late, is not from what this worker pulled last, or is its second one to a round.
         """
         query = urlencode({"payload": payload, "worker": self._worker, **members})
         headers = {
@@ -158,6 +167,10 @@ def accepted(reply: Reply) -> Reply:
         raise Refused(reply.status, json.loads(reply.body))
     except ValueError:  # what answered is no Ravine
         raise Refused(reply.status, {"detail": reply.body.decode(errors="replace")}) from None
+
+
+def is_too_far_ahead(reply: Reply) -> bool:
+    return reply.status == 409 and b'"/problems/too-far-ahead"' in reply.body
 
 
 def asked_pause(reply: Reply) -> float:

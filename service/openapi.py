@@ -264,7 +264,7 @@ SCHEMAS: Final[dict[str, dict[str, Any]]] = {
         updates={**_TENSORS, "description": "To be added to the parameters."},
         metrics=_object(
             ["lr", "grad_norm"],
-            lr={"type": "number"},
+            lr=_NULLABLE_NUMBER,
             grad_norm=_NULLABLE_NUMBER,
             loss_scale={"type": "number", "description": "By what the next loss is to be multiplied (`unscale`)."},
         ),

@@ -170,6 +170,47 @@ def test_the_client_shows_what_was_refused(examples: SimpleNamespace, server: Se
     client.delete(path)
 
 
+def test_the_client_waits_for_the_slowest_and_says_so_when_it_gives_up(
+    examples: SimpleNamespace, server: Server, client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In lockstep a second contribution in a row is too far ahead."""
+    monkeypatch.setattr(examples.client, "WAIT_SECONDS", 0)  # the service refuses at once, so that the client waits
+    ssp = {"mode": "ssp", "bound": 0, "workers": 2}
+    request = {"optimizer": {"kind": "sgd", "lr": 1}, "aggregation": ssp, "params": {"w": [0]}}
+    path = f"/v1/sessions/{client.post('/v1/sessions', json=request).json()['id']}"
+    quick = examples.client.Session(examples.client.Ravine(server.url), path, "quick")
+    hasty = examples.client.Session(examples.client.Ravine(server.url, patience=0.2), path, "quick")
+    slow = examples.client.Session(examples.client.Ravine(server.url), path, "slow")
+    sent = {"w": np.array([-1.0])}
+    assert quick.contribute("gradients", sent).step == 1
+    with pytest.raises(examples.client.Refused, match="too-far-ahead") as refused:
+        hasty.contribute("gradients", sent)
+    assert refused.value.status == 409
+    with ThreadPoolExecutor() as pool:
+        second = pool.submit(quick.contribute, "gradients", sent)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.2)
+        assert slow.contribute("gradients", sent).step == 2
+        step, params = second.result(timeout=30)
+    assert (step, params["w"].tolist()) == (3, [3.0]), "and it counted once"
+    client.delete(path)
+
+
+def test_what_the_client_pulls_is_what_its_delay_is_counted_from(
+    examples: SimpleNamespace, server: Server, client: httpx.Client
+) -> None:
+    compensated = {"mode": "async", "delay_compensation": {"lambda": 1}}
+    request = {"optimizer": {"kind": "sgd", "lr": 1}, "aggregation": compensated, "params": {"w": [0]}}
+    path = f"/v1/sessions/{client.post('/v1/sessions', json=request).json()['id']}"
+    ravine = examples.client.Ravine(server.url)
+    late, other = (examples.client.Session(ravine, path, name) for name in ("late", "other"))
+    start = late.pull()
+    assert other.contribute("gradients", {"w": np.array([-2.0])}, base_step=0).params["w"].tolist() == [2.0]
+    found = late.contribute("gradients", {"w": np.array([1.0])}, base_step=start.step)
+    assert found.params["w"].tolist() == [2.0 - (1.0 + 1.0 * (2.0 - 0.0))]
+    client.delete(path)
+
+
 def test_the_client_gives_up_when_its_patience_is_over(examples: SimpleNamespace) -> None:
     with socket.socket() as unheard:
         unheard.bind(("127.0.0.1", 0))

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from core.aggregation.aggregation import Aggregation
+from core.recipe import describe
 from tests.running import ROOT, Server
 from tests.test_docs import addresses, blocks_of, compare, needs_shell, printed
 from tests.wire import create
@@ -59,10 +62,25 @@ def test_every_recipe_of_the_page_is_tested() -> None:
 
 
 @needs_shell
-def test_the_round_by_hand_prints_what_the_page_says(server: Server, tmp_path: Path) -> None:
-    blocks = [block for block in blocks_of(PAGE.read_text()) if block.language == "sh"]
+@pytest.mark.parametrize("language", ["sh", "python"])
+def test_what_the_page_runs_prints_what_it_says(server: Server, tmp_path: Path, language: str) -> None:
+    blocks = [block for block in blocks_of(PAGE.read_text()) if block.language == language]
     assert blocks
-    compare(blocks, printed(blocks, "sh", tmp_path, addresses(server)), PAGE)
+    assert blocks[-1].expected
+    compare(blocks, printed(blocks, language, tmp_path, addresses(server)), PAGE)
+
+
+def test_the_table_of_members_is_that_of_the_core() -> None:
+    """Their names, their order, and what is there if they are left out."""
+    section = PAGE.read_text().partition("\n## All members\n")[2].partition("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    left_out = {name: default for name, _, default, *_ in ([cell.strip("`") for cell in row] for row in rows)}
+    shown = {field.name: describe(field.default) for field in fields(Aggregation)}
+    shown |= {"reduce": "mean"}
+    assert left_out == {
+        name: "—" if value is None else value if isinstance(value, str) else json.dumps(value)
+        for name, value in shown.items()
+    }
 
 
 # -- a session and its workers ---------------------------------------------------------------------------------------
@@ -219,6 +237,41 @@ def test_models_in_the_place_of_deltas_are_the_same_round(client: httpx.Client) 
         for i, (model, weight) in enumerate(zip(models, weights, strict=True))
     ]
     near(session.round(contributions), (models[0] + 2 * models[1] + 5 * models[2]) / 8)
+
+
+def test_the_model_of_a_straggler_pulls_the_others_back_and_its_delta_does_not(client: httpx.Client) -> None:
+    """As the page says in the same place."""
+    recipe, delta = RECIPES["FedAvg"], np.full(START.size, 0.5)
+    for payload, sent, expected in (("deltas", delta, START + 2 * delta), ("params", START + delta, START + delta)):
+        session = Session(client, recipe._replace(sends={payload: {}, "worker": "", "weight": 1}))
+        for _ in range(2):  # to the second round it contributes what it made of the start
+            found = session.round([{"tensors": sent, "worker": f"w{i}", "weight": 1} for i in range(3)])
+        near(found, expected)
+
+
+def test_a_round_that_waits_for_the_dead_goes_on_in_a_session_with_a_timeout(client: httpx.Client) -> None:
+    """As the page says of workers that die: from the checkpoint, with its recipe changed."""
+    session, delta = opened(client, "FedAvgM"), np.full(START.size, 0.5)
+    session.round([{"tensors": delta, "worker": f"w{i}", "weight": 1} for i in range(3)])
+    assert session.post(delta, worker="w0", weight=1).status_code == 202
+    state = client.get(f"{session.path}/state").content
+    end = 8 + int.from_bytes(state[:8], "little")
+    header = json.loads(state[8:end])
+    of = json.loads(header["__metadata__"]["recipe"])
+    of["aggregation"]["timeout"] = 0.1
+    header["__metadata__"]["recipe"] = json.dumps(of)
+    text = json.dumps(header).encode()
+    made = client.post(
+        "/v1/sessions",
+        content=len(text).to_bytes(8, "little") + text + state[end:],
+        headers={"Content-Type": "application/vnd.safetensors"},
+    )
+    assert made.status_code == 201, made.text
+    path = f"/v1/sessions/{made.json()['id']}/params"
+    reply = client.get(path, params={"after": 1, "wait": 30})
+    assert reply.status_code == 200, reply.text
+    beta = session.opens["optimizer"]["momentum"]
+    near(flat(reply.json()["params"]), START + delta + (beta * delta + delta))
 
 
 def test_fedadam_has_no_bias_correction_and_starts_v_at_tau_squared(client: httpx.Client) -> None:
@@ -414,6 +467,9 @@ def test_dp_fedavg_clips_adds_noise_and_counts_epsilon(client: httpx.Client) -> 
     session = opened(client, "DP-FedAvg")
     of = session.opens["aggregation"]
     clip, z, workers = of["clip_norm"], of["noise_multiplier"], of["workers"]
+    assert "seed" not in of, "whoever pastes it would have noise that everybody knows"
+    seed = session.described()["aggregation"]["seed"]
+    assert seed != opened(client, "DP-FedAvg").described()["aggregation"]["seed"]
     assert session.described()["privacy"] == {
         "epsilon": 0.0, "delta": of["delta"], "noise_multiplier": z, "sampling_rate": 1.0, "steps": 0
     }  # fmt: skip
@@ -423,7 +479,7 @@ def test_dp_fedavg_clips_adds_noise_and_counts_epsilon(client: httpx.Client) -> 
         found = session.round([{"tensors": delta, "worker": f"w{i}"} for i, delta in enumerate(sent)])
         clipped = [delta * min(1.0, clip / math.sqrt(math.fsum(delta**2))) for delta in sent]
         assert sum(map(np.linalg.norm, clipped)) < 0.9 * clip * workers, "one of them is not clipped"
-        x = x + sum(clipped) / workers - z * clip / workers * noise(of["seed"], step)
+        x = x + sum(clipped) / workers - z * clip / workers * noise(seed, step)
         near(found, x)
         privacy = session.described()["privacy"]
         assert privacy["steps"] == step
