@@ -229,13 +229,15 @@ def _contribution(entry: LogEntry) -> Contribution:
     payload = text.get("sent", "gradients")
     if payload not in ("gradients", "deltas", "params"):
         raise ValueError(f"there is no payload {payload!r}")
+    if "at" not in text:  # who sent it made no difference, or, in logs of older releases, was written and not looked at
+        return replace(read, payload=payload)  # type: ignore[arg-type]
     return replace(
         read,
         payload=payload,  # type: ignore[arg-type]  # just compared with all that there are
         worker=text.get("worker"),
         base_step=int(text["base_step"]) if "base_step" in text else None,
         weight=float(text.get("weight", "1")),
-        at=float(text.get("at", "0")),
+        at=float(text["at"]),
         pulls="pulls" in text,
     )
 

@@ -123,8 +123,10 @@ def begin(client: httpx.Client, run: Run, made: Case, needs: frozenset[str]) -> 
     advance(client, run, made, needs, range(1, SPLIT + 1))
     path = f"/v1/sessions/{run.ids[0]}"
     checkpoint = file_of(client.get(f"{path}/state"))
-    restored = client.post("/v1/sessions", content=checkpoint, headers=SAFETENSORS)
-    for reply in (restored, client.post(f"{path}/fork")):
+    copies = [client.post("/v1/sessions", content=checkpoint, headers=SAFETENSORS)]
+    if made.aggregation.noise_multiplier is None:  # a fork draws noise of its own
+        copies.append(client.post(f"{path}/fork"))
+    for reply in copies:
         file_of(reply, 201)
         run.ids.append(reply.json()["id"])
         run.answers.append(list(run.answers[0]))
@@ -250,22 +252,21 @@ def test_it_goes_on_with_the_same_bits(runs: Mapping[str, Run], name: str) -> No
         raise run.error
     session, answers, rates = uninterrupted(made)
     assert run.rates == rates
-    for which, got in zip(("it", "its restored checkpoint", "its fork"), run.answers, strict=True):
+    for which, got in zip(("it", "its restored checkpoint", "its fork"), run.answers, strict=False):
         for t, (ours, expected) in enumerate(zip(got, answers, strict=True), 1):
             assert ours == expected, f"{which} answered step {t} otherwise"
     expected_state = named(tensors_of(session.recipe, session.state))
-    assert pictured(run.files[0]) == expected_state
-    assert pictured(run.files[0]) == pictured(run.files[1]) == pictured(run.files[2])
+    assert all(pictured(file) == expected_state for file in run.files)
     text = [metadata_of(file) for file in run.files]
     workers = [json.loads(found.pop("workers", "{}")) for found in text]
-    assert text[0] == text[1] == text[2]
-    assert workers[0].get("round") == workers[1].get("round") == workers[2].get("round"), "when they came is their own"
+    assert all(found == text[0] for found in text)
+    assert all(found.get("round") == workers[0].get("round") for found in workers), "when they came is their own"
     steps = text[0]["step"], text[0].get("moves", text[0]["step"])
     assert steps == (str(session.state.step), str(session.state.moves))
     assert session.state.step == END or made.aggregation.rounds
     if made.held:
         final = named(session.layout.views(session.final_point()))
-        assert [pictured(file) for file in run.finals] == [final] * 3
+        assert [pictured(file) for file in run.finals] == [final] * len(run.files)
 
 
 def test_the_cases_are_all_there_is() -> None:
