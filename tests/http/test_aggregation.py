@@ -274,6 +274,19 @@ def test_the_stamp_of_a_round_holds_for_all_its_workers(client: httpx.Client) ->
     assert problem["step"] == 2
 
 
+@pytest.mark.parametrize("aggregation", [{"mode": "sync", "workers": 3}, {"mode": "buffered", "size": 3}])
+def test_a_contribution_to_an_open_round_changes_nothing(client: httpx.Client, aggregation: dict[str, Any]) -> None:
+    path = f"/v1/sessions/{opened(client, aggregation)}"
+    for step in (1, 2):
+        before = client.get(path)
+        for received, worker in enumerate("ab", 1):
+            waits(send(client, path.rpartition("/")[2], [1, 1], worker=worker), step, received, 3)
+            after = client.get(path)
+            assert (after.json(), after.headers["etag"]) == (before.json(), before.headers["etag"])
+        told(send(client, path.rpartition("/")[2], [1, 1], worker="c"))
+        assert client.get(path).json()["updated_at"] > before.json()["updated_at"]
+
+
 # -- who is there ----------------------------------------------------------------------------------------------------
 
 

@@ -319,6 +319,51 @@ def test_a_delay_is_compensated_where_there_are_parameters(client: httpx.Client)
     assert seen(client, session) == before
 
 
+@pytest.mark.parametrize("form", ["json", "safetensors"])
+def test_a_model_has_no_delay(client: httpx.Client, form: str) -> None:
+    """It is compared with the parameters of now, by which whatever others did meanwhile would be undone."""
+    session = create(client, optimizer="sgd", aggregation=DELAYED, **HELD)["id"]
+    for worker in "ab":
+        assert send(client, session, G, worker=worker).status_code == 200
+    before = seen(client, session)
+    path = f"/v1/sessions/{session}/steps"
+    if form == "json":
+        reply = client.post(path, json={"params": {"w": G}, "worker": "a"})
+    else:
+        reply = send(client, session, G, "safetensors", payload="params", worker="a", headers={"Accept": "*/*"})
+    refused(reply, 422, "not-reducible")
+    assert seen(client, session) == before
+
+
+@pytest.mark.parametrize("form", ["json", "safetensors"])
+@pytest.mark.parametrize("kind", ["median", "geometric_median"])
+def test_nobody_tells_the_others_where_the_parameters_are(client: httpx.Client, kind: str, form: str) -> None:
+    """Parameters that came with a gradient cannot be compared, and one liar's would be everybody's."""
+    body = {"optimizer": "adamw", "aggregation": THREE | {"reduce": kind}}
+    session, tensors = create(client, **body, **AWAY)["id"], {"w": np.array(G), "w:params": np.ones(2)}
+    before = seen(client, session)
+    refused(post(client, session, tensors, {"worker": "a"}, form=form), 422, "not-reducible")
+    assert seen(client, session) == before
+    # Once the session holds them nobody is asked.
+    assert client.put(f"/v1/sessions/{session}/params", json=HELD).status_code == 200
+    assert send(client, session, G, form, worker="a").status_code == 202
+
+
+@pytest.mark.parametrize("weight", [1, 1e12])
+@pytest.mark.parametrize("worst", [1e300, -1e300])
+def test_no_single_loss_moves_a_step_of_a_median(client: httpx.Client, worst: float, weight: float) -> None:
+    sent = [([1.0, 1.0], 3.0, 1.0), ([1.0, 2.0], 5.0, 1.0)]
+    rounds: list[tuple[Any, Any]] = []
+    for loss, weight_ in ((worst, weight), (4.0 + np.sign(worst), 1.0)):
+        session = create(client, optimizer="polyak_sgd", aggregation=MEDIAN, **HELD)["id"]
+        for gradient, told_, weighs in [*sent, ([2.0, 1.0], loss, weight_)]:
+            reply = send(client, session, gradient, loss=told_, weight=weighs)
+        (record,) = client.get(f"/v1/sessions/{session}/history").json()["data"]
+        rounds.append((record["loss"], reply.json()["params"]))
+    assert rounds[0] == rounds[1]
+    assert rounds[0][0] == (5.0 if worst > 0 else 3.0)
+
+
 # -- checkpoints that lie --------------------------------------------------------------------------------------------
 
 

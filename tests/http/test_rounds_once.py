@@ -93,6 +93,33 @@ def test_later_a_repeat_gets_the_current_parameters(client: httpx.Client, held: 
     assert again.json()["params"] == last.json()["params"] == {"w": [-2 * value for value in MEAN]}
 
 
+@pytest.mark.parametrize("mode", [SYNC, {"mode": "buffered", "size": 3}], ids=["sync", "buffered"])
+@pytest.mark.parametrize(
+    ("tensors", "returns"),
+    [("shapes", "updates"), ("shapes", None), ("shapes", "none"), ("params", "updates"), ("params", "none")],
+)
+def test_later_a_repeat_that_gets_no_parameters_is_told_of_its_own_round(
+    client: httpx.Client, mode: dict[str, Any], tensors: str, returns: str | None
+) -> None:
+    """What that gave is not kept any more, and what a later one gave is not its affair."""
+    given = {"shapes": {"w": [2]}} if tensors == "shapes" else {"params": {"w": [0.0, 0.0]}}
+    session = create(client, optimizer=SGD, aggregation=mode, **given)["id"]
+    wanted = {} if returns is None else {"return": returns}
+    for number in (1, 2, 3):
+        for worker in "abc":
+            last = send(client, session, worker, f"{worker}{number}", **wanted)
+        assert last.json()["step"] == number
+        for worker in "abc":
+            again = send(client, session, worker, f"{worker}{number}", **wanted)
+            assert (again.status_code, again.content, replayed(again)) == (200, last.content, True)
+    with unchanged(client, session):
+        for number in (1, 2):
+            again = send(client, session, "a", f"a{number}", **wanted)
+            assert (again.status_code, again.headers["ravine-step"], replayed(again)) == (200, str(number), True)
+            assert again.json() == {"step": number, "metrics": {"lr": None, "grad_norm": None}}
+            assert again.headers["etag"].startswith(f'"{number}-')
+
+
 def test_a_repeat_waits_for_its_round_if_it_wants_to(server: Server, client: httpx.Client, held: str) -> None:
     assert send(client, held, "a", "a1").status_code == 202
     assert send(client, held, "b", "b1").status_code == 202

@@ -77,6 +77,32 @@ def test_while_the_store_is_away(tmp_path: Path) -> None:
             assert client.post(f"/v1/sessions/{session}/steps", json=STEP).json()["step"] == 2
 
 
+def test_who_waits_for_a_round_is_told_that_its_contribution_counts(tmp_path: Path) -> None:
+    """It is in the log: 503 would ask for it again, and without a key it would be refused then."""
+    durable = ("--appendonly", "yes", "--appendfsync", "always")
+    waits = {"Prefer": "wait=25"}
+    with contextlib.ExitStack() as store:
+        url = store.enter_context(redis_server(tmp_path / "store", *durable))
+        with service(tmp_path, url) as (server, client), ThreadPoolExecutor(2) as pool, server.client() as other:
+            body = {"optimizer": {"kind": "sgd", "lr": 1.0}, "aggregation": {"mode": "sync", "workers": 3}}
+            session = create(client, params={"w": [0.0, 0.0]}, **body)["id"]
+            path = f"/v1/sessions/{session}"
+            sent = [pool.submit(other.post, f"{path}/steps", json=STEP | {"worker": w}, headers=waits) for w in "ab"]
+            while client.get(f"{path}/rounds/current").json()["received"] < 2:
+                time.sleep(0.01)
+            time.sleep(0.2)  # they wait by now
+            store.close()
+            replies = [future.result() for future in sent]
+            assert [reply.status_code for reply in replies] == [202, 202], [reply.text for reply in replies]
+            assert sorted(reply.json()["received"] for reply in replies) == [1, 2]
+            assert {(reply.json()["round"], reply.headers["ravine-step"]) for reply in replies} == {(1, "0")}
+            store.enter_context(redis_server(tmp_path / "store", *durable))
+            assert client.get("/readyz").status_code == 200
+            refused(client.post(f"{path}/steps", json=STEP | {"worker": "a"}), 409, "already-contributed")
+            last = client.post(f"{path}/steps", json=STEP | {"worker": "c"})
+            assert (last.status_code, last.json()["params"]) == (200, {"w": [-1.0, -2.0]})
+
+
 def test_a_store_that_hangs_is_not_ready(tmp_path: Path) -> None:
     with redis_server(tmp_path / "store") as url, service(tmp_path, url) as (_, client):
         with contextlib.closing(redis.Redis.from_url(url)) as direct:

@@ -97,11 +97,11 @@ class Rounds:
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_contributions_in_turn_take_less_than_three_gradients(server: Server, kind: str) -> None:
+def test_contributions_in_turn_take_little_more_than_two_gradients(server: Server, kind: str) -> None:
     rounds = Rounds(server, kind)
     peaks = [peak for _ in range(2) for peak in rounds.in_turn()]
     print(f"{kind}: peaks above the idle level, in gradients: {[round(peak, 2) for peak in peaks]}")
-    assert max(peaks) < 3
+    assert max(peaks) < 2.6  # 3 with a body that is still there when the round is closed
 
 
 def test_contributions_at_once_take_their_bodies_and_the_sum(server: Server) -> None:

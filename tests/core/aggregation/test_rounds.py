@@ -17,7 +17,7 @@ from core.aggregation.reducers import KINDS as REDUCERS
 from core.aggregation.reducers import Reducer, Sum
 from core.aggregation.staleness import Inverse
 from core.compression import Places, Quantized
-from core.contributions import Closing, NewParams, NewRecipe
+from core.contributions import Closing, NewParams, NewRecipe, Reduced
 from core.errors import InvalidRecipe, NonFinite, NotReducible, ParamsNotHeld, RoundOpen
 from core.layout import Array, Rows
 from core.optimizers import KINDS
@@ -179,6 +179,35 @@ def test_losses_are_averaged_by_weight_over_those_who_told() -> None:
     checked = session.check(Closing(1))
     assert checked.loss == (4 + 3) / 4  # type: ignore[union-attr]
     assert session.check(Closing(1)).norm == 0  # type: ignore[union-attr]
+
+
+ROBUST: dict[str, dict[str, Any]] = {
+    "trimmed_mean": {"fraction": 0.2},
+    **{kind: {"byzantine": 1} for kind in ("krum", "multi_krum", "bulyan")},
+}
+
+
+# What each of seven tells, and what the round's loss is: the last one has a great weight.
+LOSSES: list[tuple[list[float | None], float | None]] = [
+    ([3, 1, 4, 2, 6, 5, 1e300], 4),
+    ([3, 1, 4, 2, 6, 5, -MAX64], 3),
+    ([1, None, 2, 4, None, None, 1e300], 3),
+    ([1, None, 2, 4, None, None, -MAX64], 1.5),
+    ([None, None, None, None, None, MAX64, MAX64], MAX64),
+    ([None, None, None, None, None, None, 7], 7),
+    ([None] * 7, None),
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kind, reducer in REDUCERS.items() if not reducer.running])
+def test_no_single_loss_or_weight_moves_that_of_a_robust_round(kind: str) -> None:
+    for losses, expected in LOSSES:
+        session = opened(sync(7, reduce=REDUCERS[kind](**ROBUST.get(kind, {}))), {"w": [0.0]})
+        for i, loss in enumerate(losses):
+            step(session, one([float(i)]), loss=loss, weight=1e12 if i == 6 else 1.0)
+        found = session.check(Closing(1))
+        assert isinstance(found, Reduced)
+        assert found.loss == expected
 
 
 def test_hessians_are_averaged_by_weight() -> None:

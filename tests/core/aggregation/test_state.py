@@ -55,6 +55,7 @@ CASES: dict[str, Case] = {
             ("geometric_median", REDUCERS["geometric_median"]()),
         )
     },
+    "losses": Case(Aggregation(mode="sync", workers=7, reduce=REDUCERS["median"]()), "polyak_sgd"),
     "delays": Case(Aggregation(delay_compensation=DelayCompensation(), workers=2)),
     "adaptive": Case(Aggregation(mode="ssp", bound=2, delay_compensation=ADAPTIVE)),
     "ssp": Case(Aggregation(mode="ssp", bound=2, workers=4)),
@@ -211,6 +212,22 @@ def unweigh(name: str) -> Lie:
     return lambda file: file.text["round"]["weights"].pop(name)
 
 
+def backup_of(file: File) -> str:
+    return next(name for name in file.tensors if name.startswith(":delay.backup."))
+
+
+def rename_backup(name: str) -> Lie:
+    return lambda file: file.tensors.update({f":delay.backup.{name}": file.tensors.pop(backup_of(file))})
+
+
+def name_worker(name: str) -> Lie:
+    def lie(file: File) -> None:
+        known = file.text["ledger"]["workers"]
+        known[name] = known.pop("a")
+
+    return lie
+
+
 LIES: list[tuple[str, Lie]] = [
     # counts
     ("mean", say("ledger", received=0)),
@@ -248,6 +265,21 @@ LIES: list[tuple[str, Lie]] = [
     ("hessian", put(":round.hessian", np.zeros((12, 12), F32))),
     ("diagonal", put(":round.hessian_diagonal", np.zeros(11, F32))),
     ("partial", put(":round.params", np.zeros((), F32))),
+    # what no step brings, and a step would be made of
+    *(
+        lie
+        for value in (np.nan, np.inf, -np.inf)
+        for lie in (
+            ("hessian", put(":round.hessian", np.full((12, 12), value))),
+            ("diagonal", put(":round.hessian_diagonal", np.full(12, value, F32))),
+            ("partial", put(":round.params", np.full(12, value, F32))),
+        )
+    ),
+    # more than there may be, and names that nobody may have
+    ("delays", lambda file: file.tensors.update({f":delay.backup.{n}": np.zeros(12, F32) for n in "xyz"})),
+    *(("delays", rename_backup(name)) for name in ("", "a b", "a:b", "ä", "a" * 65)),
+    *(("mean", name_worker(name)) for name in ("", "a b", "a:b", "ä", "a" * 65)),
+    *(("mean", say("ledger", contributed=["a", "b", name])) for name in ("", "a b", "a:b", "ä", "a" * 65)),
     # rows
     *(
         ("rows", put(":round.rows.w", np.array(indices)))
@@ -270,6 +302,9 @@ LIES: list[tuple[str, Lie]] = [
     *(("median", say("round", shares=[1.0, weight, 1.0])) for weight in (0.0, -1.0, float("nan"), 10**400, None)),
     ("mean", say("round", weights=[])),
     *(("loss", say("round", loss=loss)) for loss in (float("nan"), float("inf"), 10**400, None, "x")),
+    *(("losses", say("round", losses=[1.0, loss])) for loss in (float("nan"), float("inf"), 10**400, None, "x", True)),
+    ("losses", say("round", losses=[1.0] * 4)),  # of three
+    ("loss", say("round", losses=[1.0])),
     ("mean", lambda file: (file.text["round"].update(loss=1.0), unweigh(":loss")(file))),  # of nobody
     # what would be missing in the step
     ("loss", unweigh(":loss")),
