@@ -104,10 +104,11 @@ class Session:
             )
 
     def _check_contribution(self, entry: Contribution, ahead: Ahead) -> Gradient:
-        recipe, sender = self.recipe, entry.sender
-        named = sender.worker is not None or sender.base_step is not None
+        recipe = self.recipe
+        named = entry.worker is not None or entry.base_step is not None
         if recipe.aggregation.plain and not named and entry.payload == "gradients":
             return checked_gradient(recipe, self.state, entry)
+        sender = entry.sender
         check_form(recipe, entry, held=self.state.params is not None)
         ahead.ledger.admit(recipe.aggregation, ahead.step, sender)
         delayed = recipe.aggregation.delay_compensation is not None and self.state.params is not None

@@ -78,11 +78,14 @@ class Committer:
     async def commit(self, live: Live, changes: Sequence[Change]) -> None:
         """All of them, in as many batches as it takes; and rounds that are over, as soon as they are."""
         waiting: Sequence[Change] | None = changes
-        while waiting or (waiting is not None and live.closable(time.time())):
-            if live.closable(time.time()) and not (waiting and waiting[0].closing):
+        rounds = live.session.recipe.aggregation.rounds
+        while waiting is not None:
+            if rounds and live.closable(time.time()) and not (waiting and waiting[0].closing):
                 closing = Change(new_future(), None, closing=live.session.state.step + 1)
                 closing.future.add_done_callback(_heard)
                 waiting = [closing, *waiting]
+            if not waiting:
+                return
             waiting = await self._commit(live, waiting)
 
     async def _commit(self, live: Live, changes: Sequence[Change]) -> Sequence[Change] | None:

@@ -160,7 +160,7 @@ class DataPlane:
         self, session: str, request: Request, step: StepRequest, answer: Format, seconds: float
     ) -> Reply | Pending:
         """Waits at most `seconds` for its turn, where others are too far behind, or for the round to be closed."""
-        encode, deadline = replies.STEP_AS[answer], monotonic() + seconds
+        encode, deadline = replies.STEP_AS[answer], monotonic() + seconds if seconds else 0.0
         while True:
             try:
                 told = await self._engine.step(session, step, encode)
@@ -295,7 +295,9 @@ def _is_safetensors(scope: Scope) -> bool:
 
 def _wait_preferred(preferred: Mapping[str, str]) -> float:
     """Seconds, at most MAX_WAIT; what is no number is ignored, as RFC 7240 has it."""
-    seconds = contributions.number(preferred.get("wait", "0"))
+    if "wait" not in preferred:
+        return 0.0
+    seconds = contributions.number(preferred["wait"])
     return min(max(seconds or 0.0, 0.0), MAX_WAIT)
 
 

@@ -159,6 +159,9 @@ class SingleLink:
         return made
 
     async def close(self) -> None:
+        """What is under way is waited for: a connection that is in use would stay open, and its caller may be gone."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=self._timeout)
         for connection in self._idle:
             await connection.disconnect(nowait=True)
         self._idle.clear()
