@@ -33,7 +33,9 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        arrays = [*self.slots.values(), *self.own.values(), *self.contributed.values()]
+        arrays = [*self.slots.values(), *self.own.values()]
+        if self.ledger.workers or self.ledger.received:  # asked after every step, and most sessions have none
+            arrays += self.contributed.values()
         return sum(array.nbytes for array in arrays) + (0 if self.params is None else self.params.nbytes)
 
     @property
