@@ -12,6 +12,7 @@ size, or would need all of the memory beside the others, takes its turns alone a
 import contextlib
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -188,6 +189,20 @@ class Pushing:
     members: list[processes.Child] = field(default_factory=list)
 
     def turn(self) -> Sample:
+        self._signal(signal.SIGCONT)
+        try:
+            return self._turn()
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _signal(self, what: signal.Signals) -> None:
+        """Peers stand still in the turns of others: some of them spin while they wait. Ravine does not."""
+        if self.service is None:
+            for member in processes.family(self.process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.pid, what)
+
+    def _turn(self) -> Sample:
         before, length, everything = self._spent(), self.seconds, 0
         while True:
             said = self._ask(f"turn {self.workers} {self.size.warm} {length:g}")
@@ -232,6 +247,7 @@ class Pushing:
 
     def end(self) -> str:
         """A remark. Raises Unmeasured where the server took another number of steps than the workers sent."""
+        self._signal(signal.SIGCONT)
         said = self._ask("end")
         if said["pushed"] != said["steps"]:
             raise Failed(self, f"{said['pushed']} gradients were sent, and {said['steps']} taken")
@@ -296,6 +312,7 @@ def _started(
         timer.cancel()
     found = Pushing(name, answering, process, size, plan.seconds * size.share, service)
     found.check(plan.directory / "check")
+    found._signal(signal.SIGSTOP)
     return found
 
 
@@ -310,6 +327,9 @@ def _process(command: Sequence[str]) -> Iterator["subprocess.Popen[str]"]:
             yield process
         finally:
             members = processes.family(process.pid)
+            for member in members:  # what stands still cannot end
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.pid, signal.SIGCONT)
             with contextlib.suppress(BrokenPipeError):
                 process.communicate(timeout=END_SECONDS)
             processes.end_all(members)
