@@ -163,6 +163,13 @@ def merge_rows(rows: Rows, dtype: np.dtype[Any]) -> Rows:
         return Rows(indices, summed.astype(dtype))
 
 
+def unfolded(shape: tuple[int, ...], rows: Rows) -> Array:
+    """The tensor of `shape`, flat, that is zero but in `rows`, each of which is named once."""
+    full = np.zeros(shape, rows.values.dtype)
+    full[rows.indices] = rows.values
+    return full.reshape(-1)
+
+
 def spread(slot: Slot, places: Places, dtype: np.dtype[Any]) -> Array:
     """The flat tensor that is zero but in `places`. Raises PositionsMismatch, ShapeMismatch.
 

@@ -15,7 +15,7 @@ import numpy as np
 from core.bfloat16 import random_words, round_randomly, widen
 from core.contributions import Gradient
 from core.evaluate import Evaluator, Run
-from core.layout import BF16, Array, Slot
+from core.layout import BF16, Array, Rows, Slot, unfolded
 from core.optimizers import ElementWise, Optimizer, TensorWise, Whole
 from core.optimizers.rule import Beside
 from core.optimizers.wrappers import Wrapper
@@ -62,9 +62,7 @@ def whole(piece: Piece) -> Array:
     """The gradient of a tensor, flat; of a row-sparse one, zero where no row is named."""
     if piece.rows is None:
         return piece.g
-    full = np.zeros(piece.shape, piece.g.dtype)
-    full[piece.rows] = piece.g.reshape(len(piece.rows), *piece.shape[1:])
-    return full.reshape(-1)
+    return unfolded(piece.shape, Rows(piece.rows, piece.g.reshape(len(piece.rows), *piece.shape[1:])))
 
 
 class Move:

@@ -57,10 +57,6 @@ def staleness_entries() -> tuple[dict[str, Any], ...]:
     return tuple(_entry(kind, cls, json_schema(STALENESS[kind])) for kind, cls in staleness.STALENESS.items())
 
 
-def none_yet() -> tuple[dict[str, Any], ...]:
-    return ()
-
-
 # What GET /v1/<family> lists.
 FAMILIES: Final[dict[str, Callable[[], tuple[dict[str, Any], ...]]]] = {
     "optimizers": optimizer_entries,

@@ -209,20 +209,19 @@ def _families() -> tuple[Operation, ...]:
                 **common,  # type: ignore[arg-type]
             )
         )
-        if entries is not catalogue.none_yet:
-            answer = Answer("The kind.", (in_json("CatalogueEntry", "one kind", partial(_first, entries)),))
-            common["problems"] = ("not-found", *common["problems"])
-            found.append(
-                Operation(
-                    method="GET",
-                    path=f"/v1/{family}/{{kind}}",
-                    id=f"get{name}",
-                    summary=f"Read one of the {family}.",
-                    parameters=("Kind",),
-                    answers={200: answer},
-                    **common,  # type: ignore[arg-type]
-                )
+        answer = Answer("The kind.", (in_json("CatalogueEntry", "one kind", partial(_first, entries)),))
+        common["problems"] = ("not-found", *common["problems"])
+        found.append(
+            Operation(
+                method="GET",
+                path=f"/v1/{family}/{{kind}}",
+                id=f"get{name}",
+                summary=f"Read one of the {family}.",
+                parameters=("Kind",),
+                answers={200: answer},
+                **common,  # type: ignore[arg-type]
             )
+        )
     return tuple(found)
 
 

@@ -12,7 +12,7 @@ from core.aggregation.incoming import bounded, noisy, scaled
 from core.aggregation.rounds import Round
 from core.contributions import Closing, Gradient, Reduced
 from core.errors import RoundOpen
-from core.layout import Array, Rows, Slot
+from core.layout import Array, Rows, Slot, unfolded
 from core.recipe import Recipe
 from core.state import State
 from core.sums import BLOCK, norm
@@ -31,8 +31,8 @@ def take_in(recipe: Recipe, round_: Round, gradient: Gradient, weight: float) ->
         for slot, array in gradient.dense:
             whole[slot.start : slot.stop] = scaled(array, gradient.coefficient)
         for slot, rows in gradient.rows:
-            part = whole[slot.start : slot.stop].reshape(slot.shape)
-            part[rows.indices] = scaled(rows.values, gradient.coefficient)
+            values = scaled(rows.values, gradient.coefficient)
+            whole[slot.start : slot.stop] = unfolded(slot.shape, Rows(rows.indices, values))
         round_.kept.append(whole)
         round_.shares.append(weight)
     if gradient.loss is not None:

@@ -16,7 +16,7 @@ from core.aggregation.ledger import Ahead
 from core.aggregation.noise import gaussian
 from core.contributions import Contribution, Gradient
 from core.errors import NotReducible
-from core.layout import Array, Rows, Slot
+from core.layout import Array, Rows, Slot, unfolded
 from core.recipe import Recipe
 from core.state import State
 from core.sums import BLOCK, length, norm
@@ -147,12 +147,11 @@ def _compensated(
     with np.errstate(all="ignore"):
         for slot, place, g in _pieces(gradient):
             moved = _stretch(point, slot)[place].astype(np.float64) - _stretch(backup, slot)[place]
+            wide = g.astype(np.float64).reshape(moved.shape)
             strength: Array | float = wanted.lambda_
             if wanted.adaptive:
                 seen = 0.0 if mean_square is None else _stretch(mean_square, slot)[place].astype(np.float64)
-                g64 = g.astype(np.float64).reshape(moved.shape)
-                strength = wanted.lambda_ / np.sqrt(wanted.decay * seen + (1 - wanted.decay) * g64 * g64 + EPSILON)
-            wide = g.astype(np.float64).reshape(moved.shape)
+                strength = wanted.lambda_ / np.sqrt(wanted.decay * seen + (1 - wanted.decay) * wide * wide + EPSILON)
             change = sign * (moved * wide) * strength * wide
             change = np.where(np.isnan(change), 0.0, change)  # 0 · infinity, where g ⊙ g is beyond float64
             made.append(bounded(wide + change, recipe).reshape(g.shape))
@@ -198,11 +197,7 @@ def noisy(recipe: Recipe, gradient: Gradient, count: int, step: int) -> Gradient
     deviation = aggregation.noise_multiplier * aggregation.clip_norm
     if aggregation.reduce.kind == "mean":
         deviation /= count
-    dense = list(gradient.dense)
-    for slot, rows in gradient.rows:
-        full = np.zeros(slot.shape, rows.values.dtype)
-        full[rows.indices] = rows.values
-        dense.append((slot, full.reshape(-1)))
+    dense = [*gradient.dense, *((slot, unfolded(slot.shape, rows)) for slot, rows in gradient.rows)]
     dense.sort(key=lambda pair: pair[0].start)
     made = []
     for slot, array in dense:
