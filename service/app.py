@@ -20,6 +20,7 @@ from service.data import DataPlane
 from service.embedded import Embedded
 from service.engine import Engine
 from service.errors import StoreUnavailable
+from service.failpoints import Failpoints
 from service.http import Receive, Scope, Send, send_reply
 from service.logs import AccessLog, request_id
 from service.replies import refusal
@@ -50,6 +51,10 @@ class App:
         self._data: DataPlane | None = None
         self._control: Any = None
         self._told_to_stop = False
+        self._failpoints = Failpoints(settings.failpoints)
+        self._failing = self._failpoints.armed("before-reply")
+        if settings.failpoints:
+            log.warning("failpoints are set: this service breaks off where it is told to", at=settings.failpoints)
 
     @property
     def store_place(self) -> str:
@@ -65,7 +70,7 @@ class App:
             await self._embedded.start()
             self._keepers = [asyncio.create_task(each()) for each in (self._embedded.watch, self._embedded.flush)]
         url = self.settings.redis_url or (self._embedded.url if self._embedded else "")
-        self._store = Store(url)
+        self._store = Store(url, failpoints=self._failpoints)
         await self._open(self._store)
         evaluator = Evaluator(self._compile if self.settings.jit else None)
         budget, max_state = self.settings.memory, self.settings.max_state
@@ -157,6 +162,8 @@ class App:
         async def send_with_id(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
+                if self._failing:
+                    await self._failpoints.reach("before-reply")
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", id_.encode())]
             await send(message)

@@ -31,7 +31,8 @@ from service.http import ClientGone, body_format, negotiate, preconditions
 from service.http import Request as Call
 from service.openapi import openapi
 from service.operations import methods_of
-from service.problems import PROBLEMS, HTTPError, MethodNotAllowed, NotFound, index, page_of, problem_of, told
+from service.problem_table import PROBLEMS
+from service.problems import HTTPError, MethodNotAllowed, NotFound, index, page_of, problem_of, told
 from service.reference import reference
 from service.wire.errors import WireError
 from service.wire.inflate import Body

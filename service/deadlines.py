@@ -17,7 +17,8 @@ from redis.exceptions import RedisError
 
 from core.errors import CoreError
 from service.errors import ServiceError, SessionNotFound, StoreFull, StoreUnavailable
-from service.store import STAGED_SECONDS, Store
+from service.index import Index
+from service.store import STAGED_SECONDS
 
 log = structlog.get_logger("ravine.deadlines")
 
@@ -37,8 +38,8 @@ Alarm = tuple[str, int]
 class Deadlines:
     """`close(session, round)` closes a round, or raises what stands in its way. `start` before, `stop` in the end."""
 
-    def __init__(self, store: Store, close: Callable[[str, int], Awaitable[object]]) -> None:
-        self._store = store
+    def __init__(self, index: Index, close: Callable[[str, int], Awaitable[object]]) -> None:
+        self._index = index
         self._close = close
         self._alarms: dict[Alarm, asyncio.Task[None]] = {}
         self._due: dict[Alarm, float] = {}  # when each of them rings
@@ -61,7 +62,7 @@ class Deadlines:
 
     async def announce(self, session: str, round_: int, due: float) -> None:
         """`round_` may be closed when it is `due`, in Unix seconds. Raises StoreUnavailable, StoreFull."""
-        await self._store.announce(session, round_, due)
+        await self._index.announce(session, round_, due)
         if due > time.time():
             self._set(session, round_, due, foreign=False)
 
@@ -69,7 +70,7 @@ class Deadlines:
         """An alarm rang, and the round is open until `due`: what was entered was of a contribution that somebody else's
         came before, or that never made it into the log. Raises StoreUnavailable, StoreFull.
         """
-        await self._store.announce(session, round_, due)
+        await self._index.announce(session, round_, due)
         self._set(session, round_, due, foreign=False)
 
     def seen_to(self, session: str, round_: int) -> None:
@@ -84,12 +85,12 @@ class Deadlines:
 
     async def _forget(self, session: str, round_: int) -> None:
         with contextlib.suppress(ServiceError):
-            await self._store.seen_to(session, round_)
+            await self._index.seen_to(session, round_)
 
     async def _watch(self) -> None:
         while True:
             try:
-                for session, round_, due in await self._store.deadlines(time.time() + 2 * LOOK, MANY):
+                for session, round_, due in await self._index.deadlines(time.time() + 2 * LOOK, MANY):
                     if (session, round_) not in self._alarms:
                         self._set(session, round_, due + GRACE, foreign=True)
             except StoreUnavailable:
@@ -130,7 +131,7 @@ class Deadlines:
     async def _ring(self, session: str, round_: int, *, foreign: bool) -> bool:
         """Whether nothing more is to be done about the round."""
         try:
-            if foreign and not await self._store.is_due(session, round_):
+            if foreign and not await self._index.is_due(session, round_):
                 return True
             await self._close(session, round_)
         except SessionNotFound:

@@ -39,7 +39,9 @@ from service.errors import (
     StoreUnavailable,
 )
 from service.ids import age_of, checked_id, new_commit, new_id
+from service.index import DEFAULT_TENANT
 from service.live import THREADED, DocumentReader, Live
+from service.objects import record_of, session_object
 from service.records import Head
 from service.snapshots import Snapshots
 from service.store import Store
@@ -74,7 +76,7 @@ class Engine:
         self._cost = 0
         self._loading: dict[str, asyncio.Task[Live]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._deadlines = Deadlines(store, self.close_round)
+        self._deadlines = Deadlines(store.index, self.close_round)
         self._committer = Committer(store, self._deadlines, read_document, self._read)
         self._snapshots = Snapshots(store, self._spawn)
         self._waiting = Waiting(store)
@@ -93,13 +95,17 @@ class Engine:
 
     # Making, listing and ending sessions
 
-    async def create(self, document: Document, params: Mapping[str, Array] | None) -> tuple[dict[str, Any], Stamp]:
-        """Raises InvalidRequest, TensorError, StoreUnavailable, StoreFull."""
+    async def create(
+        self, document: Document, params: Mapping[str, Array] | None, tenant: str = DEFAULT_TENANT
+    ) -> tuple[dict[str, Any], Stamp]:
+        """A new session of `tenant`. Raises InvalidRequest, TensorError, StoreUnavailable, StoreFull."""
         self._check_size(document.recipe, "/shapes" if params is None else "/params")
         session = Session.new(document.recipe, params, self.evaluator)
-        return await self._create(session, document, new=True)
+        return await self._create(session, document, tenant, new=True)
 
-    async def restore(self, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> tuple[dict[str, Any], Stamp]:
+    async def restore(
+        self, tensors: Mapping[str, Array], metadata: Mapping[str, str], tenant: str = DEFAULT_TENANT
+    ) -> tuple[dict[str, Any], Stamp]:
         """A new session from a checkpoint file. Raises InvalidState, InvalidRequest."""
 
         def read(described: Mapping[str, Any]) -> Document:
@@ -108,7 +114,7 @@ class Engine:
             return document
 
         session, document = files.restored(tensors, metadata, now(), read, self.evaluator)
-        return await self._create(session, document)
+        return await self._create(session, document, tenant)
 
     def _check_size(self, recipe: Recipe, where: str) -> None:
         """Raises InvalidRequest, before any array is made, for a state with more bytes or tensors than allowed."""
@@ -125,14 +131,16 @@ class Engine:
     async def fork(self, id_: str) -> tuple[dict[str, Any], Stamp]:
         """A new session from this one's state; it remembers neither its history nor its keys."""
 
-        def copy(live: Live) -> tuple[Session, Document]:
-            return live.frozen(), live.document
+        def copy(live: Live) -> tuple[Session, Document, str]:
+            return live.frozen(), live.document, live.head.tenant
 
-        session, document = await self._look(id_, copy, threaded=True)
+        session, document, tenant = await self._look(id_, copy, threaded=True)
         session.recipe = files.with_new_noise(session.recipe)
-        return await self._create(session, replace(document, recipe=session.recipe, created_at=now()))
+        return await self._create(session, replace(document, recipe=session.recipe, created_at=now()), tenant)
 
-    async def _create(self, session: Session, document: Document, *, new: bool = False) -> tuple[dict[str, Any], Stamp]:
+    async def _create(
+        self, session: Session, document: Document, tenant: str, *, new: bool = False
+    ) -> tuple[dict[str, Any], Stamp]:
         id_, commit, snap = new_id(), new_commit(), secrets.token_hex(4)
         tensors, text = files.checkpoint(session, document)
         if len(safetensors.write(tensors, text)[0]) > safetensors.MAX_HEADER:
@@ -143,7 +151,9 @@ class Engine:
         step, held = session.state.step, session.state.params is not None
         fields: dict[str, str | int | bytes] = {"commit": commit, "step": step, "time": document.created_at}
         fields |= {"document": orjson.dumps(files.describe(document)), "held": int(held)}
-        await self._store.enter(id_, document.labels.items())
+        if tenant != DEFAULT_TENANT:
+            fields["tenant"] = tenant
+        await self._store.index.enter(tenant, id_, document.labels.items())
         deadline = session.state.ledger.deadline(document.recipe.aggregation)
         if deadline is not None:
             await self._deadlines.announce(id_, step + 1, deadline)
@@ -164,6 +174,11 @@ class Engine:
             found["privacy"] = await self._committer.compute(True, crowd.privacy_of, aggregation, head.step)
         return found
 
+    async def tenant(self, id_: str) -> str:
+        """Whose the session is. Raises SessionNotFound."""
+        live = self._live.get(id_)
+        return live.head.tenant if live is not None else (await self._head(id_)).tenant
+
     async def stamp(self, id_: str, *, last: bool = False) -> Stamp:
         """Where the session stands; by the `last` commit, even if nothing that a client sees but a checkpoint changed.
 
@@ -179,27 +194,29 @@ class Engine:
         return head
 
     async def sessions(
-        self, limit: int, after: str | None, label: tuple[str, str] | None
+        self, limit: int, after: str | None, label: tuple[str, str] | None, tenant: str = DEFAULT_TENANT
     ) -> tuple[list[dict[str, Any]], bool]:
-        """At most `limit` session objects, newest first, and whether there are more."""
+        """At most `limit` session objects of `tenant`, newest first, and whether there are more."""
         found: list[dict[str, Any]] = []
         while True:
             wanted = limit + 1 - len(found)
-            ids = await self._store.ids(label, after, wanted)
+            ids = await self._store.index.ids(tenant, label, after, wanted)
             for id_, head in zip(ids, await self._store.heads(ids), strict=True):
                 described = None if head is None else await self._described(id_, head)
                 if described is None or (label and described["labels"].get(label[0]) != label[1]):
-                    await self._forget_entry(id_, described, label)
+                    await self._forget_entry(tenant, id_, described, label)
                 else:
                     found.append(described)
             if len(ids) < wanted or len(found) > limit:
                 return found[:limit], len(found) > limit
             after = ids[-1]
 
-    async def _forget_entry(self, id_: str, described: Mapping[str, Any] | None, label: tuple[str, str] | None) -> None:
+    async def _forget_entry(
+        self, tenant: str, id_: str, described: Mapping[str, Any] | None, label: tuple[str, str] | None
+    ) -> None:
         """Drops an id from the index that is not there, unless it is only just being made."""
         if age_of(id_) > 60:
-            await self._store.leave(id_, [label] if label else [], index=described is None)
+            await self._store.index.leave(tenant, id_, [label] if label else [], index=described is None)
 
     async def delete(self, id_: str, if_match: Precondition | None) -> None:
         while True:
@@ -211,7 +228,7 @@ class Engine:
                 break
         self._deadlines.seen_to(id_, head.step + 1)
         labels = orjson.loads(head.document)["labels"]
-        await self._store.leave(id_, labels.items())
+        await self._store.index.leave(head.tenant, id_, labels.items())
         if (live := self._live.get(id_)) is not None:
             self._forget(live)
 
@@ -283,13 +300,14 @@ class Engine:
 
         before, after = await self._enqueue(id_, Change(new_future(), if_match, change=bounded))
         gone = before.labels.items() - after.labels.items()
-        await self._store.enter(id_, after.labels.items())
+        tenant, index = await self.tenant(id_), self._store.index
+        await index.enter(tenant, id_, after.labels.items())
         if gone:
-            await self._store.leave(id_, gone, index=False)
+            await index.leave(tenant, id_, gone, index=False)
         try:
             return await self.session(id_)
         except SessionNotFound:  # it was deleted meanwhile, and must not be entered again
-            await self._store.leave(id_, after.labels.items())
+            await index.leave(tenant, id_, after.labels.items())
             raise
 
     # Reading
@@ -310,7 +328,7 @@ class Engine:
 
     async def history(self, id_: str, after: int, limit: int) -> list[Record]:
         await self._head(id_)
-        return [_record(orjson.loads(line)) for line in await self._store.history(id_, after, limit)]
+        return [record_of(orjson.loads(line)) for line in await self._store.history(id_, after, limit)]
 
     async def schedule(self, id_: str, steps: int) -> tuple[dict[str, Any], Stamp]:
         """The values that the hyperparameters will have over the next `steps` moves; the number of the first one."""
@@ -455,20 +473,3 @@ class Engine:
         if self._live.get(live.id) is live:
             del self._live[live.id]
             self._cost -= self._costs.pop(live.id, 0)
-
-
-def _record(line: list[Any]) -> Record:
-    """A line of the history: with what a step costs of privacy before its commit, where that is counted."""
-    return Record(*line[:6])._replace(epsilon=line[6] if len(line) > 7 else None)
-
-
-def session_object(id_: str, head: Head) -> dict[str, Any]:
-    """What a client is shown of a session."""
-    document: dict[str, Any] = orjson.loads(head.document)
-    size, slot_bytes, round_bytes = (document.pop(name, 0) for name in ("size", "slot_bytes", "round_bytes"))
-    held = size * (8 if document["dtype"] == "float64" else 4) if head.held else 0
-    first = {"id": id_, "name": document.pop("name"), "labels": document.pop("labels"), "step": head.step}
-    last = {"size": size, "state_bytes": slot_bytes + held, "round_bytes": round_bytes}
-    last |= {"holds_params": head.held, "skipped": head.skipped}
-    created = document.pop("created_at")
-    return first | document | last | {"created_at": created, "updated_at": head.updated_at}

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 from service import examples, kinds, schemas
 from service.operation import BASE64, SAFETENSORS, Answer, Content, Operation
 from service.operations import OPERATIONS
-from service.problems import MEDIA_TYPE, PROBLEMS
+from service.problem_table import PROBLEMS
+from service.problems import MEDIA_TYPE
 
 _DESCRIPTION: Final = f"""\
 Ravine keeps the state of optimizers: open a session, post a gradient each step, get parameters or updates back.

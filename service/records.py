@@ -15,6 +15,7 @@ import xxhash
 
 from core.layout import Array
 from service.errors import Corrupt
+from service.index import DEFAULT_TENANT
 from service.link import Argument
 from service.wire import safetensors
 from service.wire.errors import WireError
@@ -82,6 +83,7 @@ class Head:
     held: bool
     updated_at: str
     skipped: int
+    tenant: str = DEFAULT_TENANT
 
 
 class Tail(NamedTuple):
@@ -169,6 +171,7 @@ def head_of(reply: Any) -> Head | None:
             held=fields["held"] == b"1",
             updated_at=fields["time"].decode(),
             skipped=int(fields["skipped"]),
+            tenant=fields.get("tenant", DEFAULT_TENANT.encode()).decode(),
         )
     except (KeyError, ValueError) as error:
         raise Corrupt(f"the head of a session is not what was put there: {error}") from None

@@ -53,6 +53,9 @@ class Settings(BaseSettings):
         4 * 2**30, description="Largest state of a session, parameters and slots, in bytes or such as 4GiB."
     )
     jit: bool = Field(True, description="Compile the optimizers of large sessions, where Numba is installed.")
+    failpoints: str = Field(
+        "", description="For tests of the service itself: where it is to break off. Never set it elsewhere."
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="How long requests under way may take once the service was told to stop."
     )

@@ -22,7 +22,7 @@ import typer
 from typer.core import TyperGroup
 
 from service.cli import cli
-from service.problems import PROBLEMS
+from service.problem_table import PROBLEMS
 from service.settings import Settings
 from tests.running import ROOT, Server
 

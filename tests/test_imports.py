@@ -19,7 +19,7 @@ CORE_PACKAGES = {"numpy", "annotated_types", "numba"}
 CORE = {"core", "core.*"}
 WIRE = {"service.wire", "service.wire.*"}
 # What both planes have of HTTP and its documents.
-HTTP = {"service.http", "service.problems"}
+HTTP = {"service.http", "service.problems", "service.problem_table"}
 # The document that describes all calls, and the pages that show it.
 REFERENCE = {
     "service.catalogue",
@@ -58,8 +58,12 @@ LAYERS: dict[str, set[str]] = {
     "service.tensors": CORE | WIRE,
     # Redis
     "service.link": CORE | {"service.errors"},
-    "service.records": CORE | WIRE | {"service.errors", "service.link"},
-    "service.store": CORE | WIRE | {"service.errors", "service.link", "service.records"},
+    "service.failpoints": set(),
+    "service.index": set(),
+    "service.records": CORE | WIRE | {"service.errors", "service.index", "service.link"},
+    "service.store": CORE
+    | WIRE
+    | {"service.errors", "service.failpoints", "service.index", "service.link", "service.records"},
     # Sessions that live: nothing of HTTP
     "service.live": CORE
     | WIRE
@@ -71,20 +75,22 @@ LAYERS: dict[str, set[str]] = {
     | {"service.answers", "service.changes", "service.documents", "service.ids", "service.live", "service.records"}
     | {"service.tensors"},
     # What goes on beside the changes: rounds that are over, snapshots, those who wait, those who look
-    "service.deadlines": CORE | {"service.errors", "service.store"},
+    "service.deadlines": CORE | {"service.errors", "service.index", "service.store"},
     "service.snapshots": CORE | WIRE | {"service.errors", "service.live", "service.records", "service.store"},
     "service.waiting": {"service.bell", "service.errors", "service.documents", "service.store"},
     "service.crowd": CORE | {"service.errors", "service.live", "service.privacy"},
     "service.commits": CORE
     | {"service.errors", "service.documents", "service.live", "service.records", "service.store", "service.privacy"}
     | {"service.answers", "service.changes", "service.entries", "service.deadlines"},
+    "service.objects": {"service.documents", "service.records"},
     "service.engine": CORE
     | WIRE
-    | {"service.errors", "service.documents", "service.ids", "service.live", "service.records", "service.store"}
-    | {"service.answers", "service.changes", "service.commits", "service.crowd"}
+    | {"service.errors", "service.documents", "service.ids", "service.index", "service.live", "service.records"}
+    | {"service.objects", "service.store", "service.answers", "service.changes", "service.commits", "service.crowd"}
     | {"service.deadlines", "service.snapshots", "service.waiting"},
     # What a client sees
-    "service.problems": CORE | WIRE | {"service.errors", "service.pages"},
+    "service.problem_table": set(),
+    "service.problems": CORE | WIRE | {"service.errors", "service.pages", "service.problem_table"},
     "service.http": WIRE | {"service.errors", "service.documents", "service.problems"},
     "service.contributions": CORE | WIRE | {"service.errors", "service.http", "service.tensors"},
     "service.replies": CORE | WIRE | HTTP | {"service.errors", "service.documents"},
@@ -96,7 +102,7 @@ LAYERS: dict[str, set[str]] = {
     "service.operation": set(),
     "service.step_operations": {"service.examples", "service.operation"},
     "service.operations": {"service.catalogue", "service.examples", "service.operation", "service.step_operations"},
-    "service.openapi": CORE | REFERENCE | {"service.kinds", "service.problems", "service.schemas"},
+    "service.openapi": CORE | REFERENCE | HTTP | {"service.kinds", "service.schemas"},
     "service.reference": {"service.openapi", "service.pages", "service.problems"},
     # The planes
     "service.control": CORE

@@ -24,8 +24,9 @@ from core.evaluate import Evaluator
 from core.session import Session
 from service import live as files
 from service import schemas
+from service.index import DEADLINES
 from service.records import LogEntry
-from service.store import DEADLINES, Store, key
+from service.store import Store, key
 from tests.running import Server
 from tests.wire import SAFETENSORS
 

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 import httpx
 
-from service.problems import PROBLEMS
+from service.problem_table import PROBLEMS
 
 
 def refused(reply: httpx.Response, status: int, slug: str) -> dict[str, Any]:

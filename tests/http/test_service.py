@@ -14,7 +14,7 @@ import pytest
 
 from core import optimizers, schedules, transforms
 from service.operations import PAGES
-from service.problems import PROBLEMS
+from service.problem_table import PROBLEMS
 from tests.http.contributions import beside, post
 from tests.http.refusals import refused
 from tests.http.sockets import await_listeners, connected, head_of, reply_on

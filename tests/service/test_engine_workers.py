@@ -13,8 +13,9 @@ from service import deadlines
 from service.deadlines import Deadlines
 from service.errors import SessionNotFound, StoreFull, StoreUnavailable
 from service.ids import new_commit, new_id
+from service.index import DEADLINES
 from service.records import LogEntry, LogItem, Received
-from service.store import DEADLINES, Store
+from service.store import Store
 from tests.service.world import Run, World, copied, created, request, step
 
 PATIENCE = 20.0  # seconds in which what is to happen has happened, on any machine
@@ -92,7 +93,7 @@ def test_a_full_round_is_closed_though_its_deadline_was_looked_at_too_early(run:
         session = await created(engine, params={"w": [0.0] * 3}, aggregation={"mode": "sync", "workers": 2})
         await engine.step(session, request(1.0, worker="a"), copied)
         store = engine._store
-        await store.announce(session, 1, time.time())
+        await store.index.announce(session, 1, time.time())
         await asyncio.sleep(1.0)  # it was looked at
         assert await announced(world) == [f"{session} 1"]
         tail = await store.tail(session, 0)
@@ -117,7 +118,7 @@ def test_what_is_entered_of_rounds_that_are_over_is_removed(run: Run) -> None:
         for _ in range(2):
             await engine.step(session, request(1.0), copied)
         for id_, round_ in ((session, 1), (session, 2), (new_id(), 1)):
-            await engine._store.announce(id_, round_, time.time())
+            await engine._store.index.announce(id_, round_, time.time())
         assert len(await announced(world)) >= 1
 
         await until(lambda: nothing_announced(world))
@@ -152,9 +153,9 @@ def test_an_alarm_rings_until_its_round_is_closed_or_lost(run: Run, monkeypatch:
     async def scenario(world: World) -> None:
         store = Store(world.embedded.url)
         await store.open()
-        watch = Deadlines(store, close)
+        watch = Deadlines(store.index, close)
         for session in ALARMS:
-            await store.announce(session, 1, time.time())
+            await store.index.announce(session, 1, time.time())
         watch.start()
         await until(lambda: nothing_announced(world))
         often = rang.copy()

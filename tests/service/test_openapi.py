@@ -14,7 +14,8 @@ from service.engine import Engine
 from service.openapi import openapi
 from service.operation import SAFETENSORS, Operation
 from service.operations import OPERATIONS, PAGES, methods_of
-from service.problems import MEDIA_TYPE, PROBLEMS
+from service.problem_table import PROBLEMS
+from service.problems import MEDIA_TYPE
 from service.reference import reference
 from service.schemas import parse_create, patch
 from service.wire import safetensors

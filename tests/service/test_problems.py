@@ -9,7 +9,8 @@ from structlog.testing import capture_logs
 from core import errors as core
 from service import errors, examples, problems
 from service.errors import Fault
-from service.problems import PROBLEMS, MethodNotAllowed, NotFound, page_of, problem_of
+from service.problem_table import PROBLEMS
+from service.problems import MethodNotAllowed, NotFound, page_of, problem_of
 from service.wire import errors as wire
 from service.wire.json import loads
 

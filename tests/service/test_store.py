@@ -18,6 +18,7 @@ from redis.cluster import RedisCluster
 from service.embedded import Embedded
 from service.errors import Corrupt, StoreFull, StoreUnavailable
 from service.ids import new_commit, new_id
+from service.index import DEFAULT_TENANT
 from service.records import CHUNK, LogItem, Staged
 from service.store import Store
 from service.wire import safetensors
@@ -436,15 +437,15 @@ def test_the_index_lists_the_newest_first(url: str, raw: Raw) -> None:
     async def scenario(store: Store) -> None:
         ids = sorted(new_id() for _ in range(5))
         for session in ids:
-            await store.enter(session, [label])
-        assert await store.ids(label, None, 3) == ids[:1:-1]
-        assert await store.ids(label, ids[2], 3) == ids[1::-1]
-        await store.leave(ids[4], [label])
-        assert await store.ids(label, None, 1) == [ids[3]]
-        assert ids[4] not in await store.ids(None, None, 100)
-        await store.leave(ids[3], [label], index=False)
-        assert await store.ids(label, None, 1) == [ids[2]]
-        assert ids[3] in await store.ids(None, None, 100)
+            await store.index.enter(DEFAULT_TENANT, session, [label])
+        assert await store.index.ids(DEFAULT_TENANT, label, None, 3) == ids[:1:-1]
+        assert await store.index.ids(DEFAULT_TENANT, label, ids[2], 3) == ids[1::-1]
+        await store.index.leave(DEFAULT_TENANT, ids[4], [label])
+        assert await store.index.ids(DEFAULT_TENANT, label, None, 1) == [ids[3]]
+        assert ids[4] not in await store.index.ids(DEFAULT_TENANT, None, None, 100)
+        await store.index.leave(DEFAULT_TENANT, ids[3], [label], index=False)
+        assert await store.index.ids(DEFAULT_TENANT, label, None, 1) == [ids[2]]
+        assert ids[3] in await store.index.ids(DEFAULT_TENANT, None, None, 100)
 
     on(url, scenario)
 
