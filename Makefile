@@ -5,7 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 UV     ?= uv
+# How many tests run at once, each with servers of its own.
+JOBS   ?= 2
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+EXTRAS  := --extra jit --extra privacy --extra tracing
 
 .PHONY: help serve check test docs soak demo demo-workers bench bench-peers convergence oracles lock clean
 
@@ -43,7 +46,7 @@ check: $(VENV)/.test  ## lint, format and types
 	$(BIN)/mypy
 
 test: $(VENV)/.test  ## the tests; ARGS="-k name" passes options on
-	$(BIN)/python -m pytest -m "not soak" $(ARGS)
+	$(BIN)/python -m pytest -m "not soak" -n $(JOBS) --dist worksteal $(ARGS)
 
 soak: $(VENV)/.test  ## 200 kills at random moments
 	$(BIN)/python -m pytest -m soak $(ARGS)
@@ -86,8 +89,10 @@ docs: $(VENV)/.test  ## make the pages of docs/ that come from the declarations 
 	$(BIN)/ravine reducers --markdown > docs/reducers.md
 
 lock:  ## resolve the dependencies anew (needs uv)
-	$(COMPILE) --extra jit --extra privacy pyproject.toml -o requirements.lock
-	$(COMPILE) --extra jit --extra privacy --group test -c requirements.lock pyproject.toml -o requirements-test.lock
+	$(COMPILE) $(EXTRAS) pyproject.toml -o requirements.lock
+	$(COMPILE) $(EXTRAS) --group test -c requirements.lock pyproject.toml -o requirements-test.lock
+	$(COMPILE) --group fuzz -c requirements-test.lock -o requirements-fuzz.lock
+	$(COMPILE) --group audit -o requirements-audit.lock
 	$(COMPILE) --group demo -c requirements.lock -o requirements-demo.lock
 
 clean:  ## remove what was set up (the data of the service stay)
