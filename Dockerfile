@@ -1,9 +1,12 @@
 # Ravine as an image: not root, on a read-only file system, with a health check.
 #
 #   docker build -t ravine .
-#   docker run --read-only --cap-drop all -v ravine:/data -p 127.0.0.1:8000:8000 ravine
+#   docker run --rm -v ravine:/data ravine ravine keys create --tenant me --scope admin
+#   docker run --read-only --cap-drop all -v ravine:/data -p 8000:8000 ravine
 #
-# Without RAVINE_REDIS_URL the sessions lie in the volume /data, kept by a private Valkey. docs/containers.md has the rest.
+# Without RAVINE_REDIS_URL the sessions lie in the volume /data, kept by a private Valkey. Without a key, and without
+# RAVINE_INSECURE=true, it does not start: whoever reaches the port would have every session. docs/containers.md has the
+# rest.
 
 ARG PYTHON_IMAGE=docker.io/library/python:3.13-slim-bookworm
 
@@ -32,9 +35,13 @@ RUN /opt/build/bin/pip wheel --no-deps --no-build-isolation --no-index --wheel-d
 
 # The health check: no shell and no curl, and no proxy, which urllib would take from the environment.
 RUN printf '%s\n' '#!/opt/ravine/bin/python -I' \
-      'import os, sys, http.client' \
+      'import os, ssl, sys, http.client' \
       'port = int(os.environ.get("RAVINE_PORT", "8000"))' \
-      'connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)' \
+      'if os.environ.get("RAVINE_TLS_CERT"):  # not for 127.0.0.1: whether it answers is asked, not who' \
+      '    unchecked = ssl._create_unverified_context()' \
+      '    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=4, context=unchecked)' \
+      'else:' \
+      '    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=4)' \
       'connection.request("GET", "/readyz")' \
       'sys.exit(connection.getresponse().status != 200)' \
       > /opt/ravine/bin/ravine-ready \

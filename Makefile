@@ -10,7 +10,7 @@ JOBS   ?= 2
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 EXTRAS  := --extra jit --extra privacy --extra tracing
 
-.PHONY: help serve check test docs soak demo demo-workers bench bench-peers convergence oracles lock clean
+.PHONY: help serve check test docs soak faults demo demo-workers bench bench-peers convergence oracles fuzz sbom audit lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ test: $(VENV)/.test  ## the tests; ARGS="-k name" passes options on
 soak: $(VENV)/.test  ## 200 kills at random moments
 	$(BIN)/python -m pytest -m soak $(ARGS)
 
+faults: $(VENV)/.test  ## every fault, under load, and a table of what it cost; ARGS="--minutes 40 --seed 7 --only kill"
+	$(BIN)/python -m tests.faults $(ARGS)
+
 demo: $(VENV)/.demo  ## train digits with four optimizers over HTTP; writes two pictures
 	$(BIN)/python examples/digits.py $(ARGS)
 
@@ -82,6 +85,27 @@ oracles: .venv-oracles/.made  ## run the libraries (gigabytes), compare with the
 	@.venv-oracles/bin/python -m pip --disable-pip-version-check install --quiet --group oracles
 	@touch $@
 
+fuzz: .venv-fuzz/.made  ## random input for as long as told: ARGS="--minutes 60"; prints a table
+	.venv-fuzz/bin/python -m tests.fuzz $(ARGS)
+
+.venv-fuzz/.made: requirements-test.lock requirements-fuzz.lock
+	@echo "installing what fuzzing needs …"
+	@$(PYTHON) -m venv .venv-fuzz
+	@.venv-fuzz/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements-test.lock -r requirements-fuzz.lock
+	@touch $@
+
+sbom: .venv-audit/.made  ## what the service is made of, as CycloneDX: sbom.json
+	.venv-audit/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible -o sbom.json requirements.lock
+
+audit: .venv-audit/.made  ## look up what is known to be wrong with what is installed; what cannot be looked up fails, too
+	.venv-audit/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+
+.venv-audit/.made: requirements-audit.lock
+	@echo "installing what looks at the dependencies …"
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements-audit.lock
+	@touch $@
+
 docs: $(VENV)/.test  ## make the pages of docs/ that come from the declarations in core/
 	$(BIN)/ravine optimizers --markdown > docs/optimizers.md
 	$(BIN)/ravine schedules --markdown > docs/schedules.md
@@ -96,4 +120,4 @@ lock:  ## resolve the dependencies anew (needs uv)
 	$(COMPILE) --group demo -c requirements.lock -o requirements-demo.lock
 
 clean:  ## remove what was set up (the data of the service stay)
-	rm -rf $(VENV) .venv-oracles benchmarks/peers/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oracles .venv-audit .venv-fuzz benchmarks/peers/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,11 +6,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks import core_rows, large_steps, machine, one_session, pulls, push_pull, report, small_steps
+from benchmarks import (
+    core_rows,
+    held,
+    large_steps,
+    machine,
+    one_session,
+    overload,
+    pulls,
+    push_pull,
+    report,
+    small_steps,
+)
 from benchmarks.measure import Plan, Result, say
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-GROUPS = (core_rows, small_steps, large_steps, push_pull, one_session, pulls)
+GROUPS = (core_rows, small_steps, large_steps, push_pull, one_session, pulls, held, overload)
 CODES = [row.code for group in GROUPS for row in group.ROWS]
 LEAST_ROUNDS = 5
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -40,9 +40,10 @@ class Usage(NamedTuple):
 class Server:
     """`python -m MODULE ARGUMENTS…`, which says on standard error where it listens: "listens on http://…"."""
 
-    def __init__(self, module: str, log: Path, *arguments: str) -> None:
+    def __init__(self, module: str, log: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> None:
         # What somebody set for a service of his own must not change what is measured.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAVINE_")}
+        environment |= settings or {}
         self.log = log
         self._module = module
         with log.open("w") as stream:
@@ -106,18 +107,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(module: str, log: Path, *arguments: str) -> Iterator[Server]:
-    server = Server(module, log, *arguments)
+def serving(module: str, log: Path, *arguments: str, settings: Mapping[str, str] | None = None) -> Iterator[Server]:
+    server = Server(module, log, *arguments, settings=settings)
     try:
         yield server
     finally:
         server.stop()
 
 
-def service(directory: Path) -> contextlib.AbstractContextManager[Server]:
-    """Ravine as `make serve` starts it, every setting at its default, on a store of its own in `directory`."""
+def service(directory: Path, settings: Mapping[str, str] | None = None) -> contextlib.AbstractContextManager[Server]:
+    """Ravine as `make serve` starts it, on a store of its own in `directory`: all but `settings` at its default."""
     log = directory / "service.log"
-    return serving("service", log, "serve", "--port", "0", "--data", str(directory / "service"))
+    return serving("service", log, "serve", "--port", "0", "--data", str(directory / "service"), settings=settings)
 
 
 def replica(directory: Path, number: int) -> contextlib.AbstractContextManager[Server]:

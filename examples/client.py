@@ -9,6 +9,7 @@ it counts once. Tensors travel as safetensors, which is eight bytes of length, a
 import http.client
 import itertools
 import json
+import os
 import random
 import struct
 import time
@@ -59,10 +60,15 @@ class Point(NamedTuple):
 
 
 class Ravine:
-    """A service by its URL, over a connection that is kept open, and opened anew when it breaks."""
+    """A service by its URL, over a connection that is kept open, and opened anew when it breaks.
 
-    def __init__(self, url: str, patience: float = PATIENCE_SECONDS) -> None:
+    `key` is what `ravine keys create` gave; left out, the variable RAVINE_KEY, if there is one.
+    """
+
+    def __init__(self, url: str, patience: float = PATIENCE_SECONDS, key: str | None = None) -> None:
         self.url = url
+        key = os.environ.get("RAVINE_KEY") if key is None else key
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._patience = patience
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -109,7 +115,7 @@ class Ravine:
 
     def _send(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Reply:
         try:
-            self._connection.request(method, self._prefix + path, body or None, headers)
+            self._connection.request(method, self._prefix + path, body or None, self._headers | headers)
             answer = self._connection.getresponse()
             return Reply(answer.status, answer.headers, answer.read())
         except BaseException:

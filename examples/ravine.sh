@@ -4,8 +4,9 @@
 #
 #     sh examples/ravine.sh [sgd|momentum|rmsprop|adam] [URL]
 #
-# Left out: adam, http://127.0.0.1:8000. Prints every tenth point and the last one. Exit status: 0 at the minimum, 1 if
-# the service is not there, refuses, or leads nowhere, 2 if it was called wrongly.
+# Left out: adam, http://127.0.0.1:8000. A service that asks for a key is sent the one in RAVINE_KEY. Prints every tenth
+# point and the last one. Exit status: 0 at the minimum, 1 if the service is not there, refuses, or leads nowhere, 2 if it
+# was called wrongly.
 
 set -eu
 export LC_ALL=C # a decimal comma in awk would not be JSON
@@ -35,10 +36,15 @@ fail() {
     exit 1
 }
 
+# The key, where it is in no list of processes.
+authorization() {
+    [ -z "${RAVINE_KEY:-}" ] || printf 'header = "Authorization: Bearer %s"\n' "$RAVINE_KEY"
+}
+
 # call METHOD PATH [JSON] prints the body of the reply.
 call() {
-    reply=$(curl --silent --show-error --max-time 30 --request "$1" --header 'Content-Type: application/json' \
-        ${3:+--data "$3"} --write-out '\n%{http_code}' "$url$2") ||
+    reply=$(authorization | curl --config - --silent --show-error --max-time 30 --request "$1" \
+        --header 'Content-Type: application/json' ${3:+--data "$3"} --write-out '\n%{http_code}' "$url$2") ||
         fail "no service answers at $url; \`make serve\` starts one on http://127.0.0.1:8000"
     status=$(printf '%s\n' "$reply" | tail -n 1)
     body=$(printf '%s\n' "$reply" | sed '$d')

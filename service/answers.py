@@ -30,7 +30,7 @@ def skipped(live: Live, request: StepRequest) -> Applied:
 def replayed(live: Live, request: StepRequest, done: Done) -> Applied | Pending:
     """The answer to a repeat: the same tensors where they are still at hand, else where things stand now."""
     if done.position:
-        return of_round(live, request, done.step, done.position, replayed=True)
+        return of_round(live, request, done.step, done.position, done.commit, replayed=True)
     wanted = returns(live, request)
     # Current parameters go with the current stamp; whatever else is told is told of the step that the key took.
     stamp = live.stamp if wanted == "params" else Stamp(done.step, done.commit)
@@ -44,9 +44,13 @@ def replayed(live: Live, request: StepRequest, done: Done) -> Applied | Pending:
 
 
 def of_round(
-    live: Live, request: StepRequest, round_: int, position: int, *, replayed: bool = False
+    live: Live, request: StepRequest, round_: int, position: int, commit: str, *, replayed: bool = False
 ) -> Applied | Pending:
-    """The answer to contribution number `position` of a round: of the step that it became, if it is closed by now."""
+    """The answer to contribution number `position` of a round: of the step that it became, if it is closed by now.
+
+    `commit` is one of the time when it was open. What is told of a round that others came after is stamped with it: an
+    ETag that no state ever had, so that no If-Match holds by it.
+    """
     session = live.session
     if session.state.step < round_:
         needed, held = session.recipe.aggregation.needed, session.state.params is not None
@@ -54,7 +58,7 @@ def of_round(
     wanted = returns(live, request)
     point = live.point("next") if wanted == "params" else None
     # Current parameters go with the current stamp; whatever else is told is told of the round.
-    stamp = live.stamp if point is not None else Stamp(round_, live.stamp.commit)
+    stamp = live.stamp if point is not None or session.state.step == round_ else Stamp(round_, commit)
     closed = live.closed if live.closed is not None and live.closed.step == stamp.step else None
     lr, norm = (None, None) if closed is None else (closed.lr, closed.grad_norm)
     updates = _kept(live, ROUND, round_) if wanted == "updates" else None

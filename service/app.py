@@ -9,23 +9,36 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import structlog
 
 from core.evaluate import Evaluator, Spec
 from service import __version__, schemas
+from service.access.gate import Gate, KeysNeeded, listens_locally
+from service.access.keys import KnownKeys
+from service.access.quotas import Quotas
+from service.access.usage import Quota
+from service.acks import AckImpossible, Asked
+from service.admission import Admission, Limits, Ticket
 from service.control import create_control
 from service.data import DataPlane
 from service.embedded import Embedded
 from service.engine import Engine
-from service.errors import StoreUnavailable
+from service.errors import Overloaded, ServiceError, StoreUnavailable
 from service.failpoints import Failpoints
 from service.http import Receive, Scope, Send, send_reply
 from service.logs import AccessLog, request_id
+from service.meters import CompileMeters, RequestMeters, Route
+from service.metrics import Metrics
+from service.operations import OPERATIONS, PAGES
+from service.problem_table import PROBLEMS
+from service.problems import HTTPError, refused_as
 from service.replies import refusal
 from service.settings import Settings
 from service.store import Store
+from service.tracing import Tracing
 from service.valkey import EmbeddedFailed
 
 log = structlog.get_logger("ravine")
@@ -40,16 +53,25 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.exit_code = 1  # of a start that failed
+        self.admission = Admission(_limits(settings))
         self._access = AccessLog(settings.log_format)
         self._embedded: Embedded | None = None
         if not settings.redis_url:
-            self._embedded = Embedded(settings.data, settings.durability, on_progress=_tell)
+            self._embedded = Embedded(settings.data, settings.embedded_durability, on_progress=_tell)
         self._keepers: list[asyncio.Task[None]] = []  # of the embedded store
         self._lifespan_task: asyncio.Task[None] | None = None
         self._store: Store | None = None
         self._engine: Engine | None = None
         self._data: DataPlane | None = None
+        self._gate: Gate | None = None
+        self._quotas: Quotas | None = None
         self._control: Any = None
+        routes = [(each.method, each.path) for each in OPERATIONS] + [("GET", page) for page in PAGES]
+        self._requests = RequestMeters([Route(*route) for route in routes], PROBLEMS)
+        self._compilations = CompileMeters()
+        self._tracing: Tracing | None = None
+        self._handle: Callable[[Scope, Receive, Send], Awaitable[None]] = self._request
         self._told_to_stop = False
         self._failpoints = Failpoints(settings.failpoints)
         self._failing = self._failpoints.armed("before-reply")
@@ -65,19 +87,68 @@ class App:
         return str(self.settings.data.resolve())
 
     async def start(self) -> None:
-        """Raises EmbeddedFailed, StoreUnavailable."""
+        """Raises EmbeddedFailed, StoreUnavailable, AckImpossible."""
         if self._embedded is not None:
             await self._embedded.start()
             self._keepers = [asyncio.create_task(each()) for each in (self._embedded.watch, self._embedded.flush)]
         url = self.settings.redis_url or (self._embedded.url if self._embedded else "")
-        self._store = Store(url, failpoints=self._failpoints)
+        asked = Asked(self.settings.ack, self.settings.ack_replicas)
+        self._store = Store(url, failpoints=self._failpoints, asked=asked)
         await self._open(self._store)
         evaluator = Evaluator(self._compile if self.settings.jit else None)
         budget, max_state = self.settings.memory, self.settings.max_state
-        self._engine = Engine(self._store, evaluator, schemas.document_of, budget, max_state)
+        quota = Quota(self.settings.max_sessions, self.settings.max_tenant_state)
+        self._engine = Engine(self._store, evaluator, schemas.document_of, budget, max_state, quota)
         await self._engine.start()
+        self._gate = await self._guarded(self._store, self._engine)
+        self._quotas = Quotas(self._store.link.call, self.settings.rate, self.settings.max_tenant_requests)
         self._data = DataPlane(self._engine, self.settings.max_body)
-        self._control = create_control(self._engine, max_body=self.settings.max_body, version=__version__)
+        if self.settings.tracing:
+            self._tracing = Tracing(self._requests.template, __version__)
+            self._engine.trace(self._tracing)
+            self._handle = self._tracing.traced(self._request)
+        metrics = self._metrics(self._store, self._engine)
+        self._control = create_control(
+            self._engine, max_body=self.settings.max_body, version=__version__, metrics=metrics
+        )
+
+    def _metrics(self, store: Store, engine: Engine) -> Metrics:
+        kind = "redis" if self.settings.redis_url else "embedded"
+        about = {"version": __version__, "store": kind, "ack": self.settings.ack}
+        metrics = Metrics(self._requests, store.meters, self._compilations, store.index.count, about)
+        metrics.gauge("ravine_sessions_hot", "Sessions in the memory of this process.", lambda: engine.hot[0])
+        metrics.gauge("ravine_sessions_hot_bytes", "Bytes that these take, estimated.", lambda: engine.hot[1])
+        metrics.gauge("ravine_sessions_hot_bytes_limit", "What they may take.", lambda: self.settings.memory)
+        let_in = self.admission
+        metrics.gauge("ravine_http_connections", "Connections of clients.", lambda: let_in.connections)
+        metrics.gauge("ravine_http_requests_in_flight", "Requests at work, not waiting.", lambda: let_in.requests)
+        metrics.gauge("ravine_http_waits", "Long polls, event streams and waits for a round.", lambda: let_in.waits)
+        metrics.gauge("ravine_http_body_bytes", "Bytes of bodies held for requests.", lambda: let_in.bodies)
+        metrics.counter("ravine_overloaded", "Refused, by what there was too much of.", "of", lambda: let_in.refused)
+        metrics.counter("ravine_connections_cut", "Connections that were cut, by why.", "reason", lambda: let_in.cut)
+        return metrics
+
+    async def _guarded(self, store: Store, engine: Engine) -> Gate:
+        """Raises KeysNeeded where nobody could come in, or anybody."""
+        settings = self.settings
+        local = await asyncio.to_thread(listens_locally, settings.host)
+        keyless = all(key.expired for key in await store.keyring.all())
+        if local or settings.insecure:
+            if settings.keys == "required" and keyless:
+                log.warning("there is no valid key yet, so everybody is refused: ravine keys create makes one")
+            elif not local and settings.keys != "required":
+                log.warning("no keys are asked for: whoever reaches it has every session", host=settings.host)
+        else:
+            if settings.keys == "off":
+                raise KeysNeeded(f"without keys it listens on {settings.host} only if --insecure is said, too")
+            if keyless:
+                raise KeysNeeded(
+                    f"there is no valid key for those who reach {settings.host}: make one with "
+                    f"`ravine keys create --scope admin`, or say --insecure to let everybody in"
+                )
+        known = KnownKeys(store.keyring)
+        wanted, docs = settings.keys, settings.docs
+        return Gate(known, engine.tenant, keys=wanted, local=local, insecure=settings.insecure, docs=docs)
 
     async def _open(self, store: Store) -> None:
         for attempt in range(STORE_SECONDS * 2):
@@ -101,8 +172,11 @@ class App:
             name = getattr(spec.update, "__name__", "rule")
             log.info("compiling", rule=name, dtype=spec.dtype)
             evaluator.compile(spec)
-            log.info("compiled", rule=name, dtype=spec.dtype, seconds=round(time.monotonic() - started, 2))
+            seconds = time.monotonic() - started
+            self._compilations.end(seconds)
+            log.info("compiled", rule=name, dtype=spec.dtype, seconds=round(seconds, 2))
 
+        self._compilations.begin()
         assert self._engine is not None
         evaluator = self._engine.evaluator
         threading.Thread(target=compile_, name="compile", daemon=True).start()
@@ -116,6 +190,8 @@ class App:
             self._data.drain()
 
     async def stop(self) -> None:
+        if self._gate is not None:
+            await self._gate.stop()
         if self._engine is not None:
             await self._engine.stop()
         for keeper in self._keepers:  # or they would start the store again that is about to be stopped
@@ -125,13 +201,15 @@ class App:
             await self._store.close()
         if self._embedded is not None:
             await self._embedded.stop()
+        if self._tracing is not None:
+            await self._tracing.close()
         self._access.flush()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
-            await self._request(scope, receive, send)
+            await self._handle(scope, receive, send)
         else:  # a web socket: there are none here
             await send({"type": "websocket.close", "code": 1000})
 
@@ -144,7 +222,8 @@ class App:
             await self.start()
         except Exception as error:
             await self.stop()
-            if not isinstance(error, StoreUnavailable | OSError | EmbeddedFailed):
+            self.exit_code = 2 if isinstance(error, KeysNeeded) else 1
+            if not isinstance(error, StoreUnavailable | OSError | EmbeddedFailed | KeysNeeded | AckImpossible):
                 log.exception("the service could not start")
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
@@ -158,6 +237,7 @@ class App:
         id_ = _request_id(scope)
         request_id.set(id_)
         status = 0
+        ticket: Ticket | None = None
 
         async def send_with_id(message: Any) -> None:
             nonlocal status
@@ -165,22 +245,58 @@ class App:
                 if self._failing:
                     await self._failpoints.reach("before-reply")
                 status = message["status"]
+                if status >= 400:
+                    self._requests.refuse(refused_as.get())
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", id_.encode())]
             await send(message)
 
         try:
-            data = self._data
-            if data is not None and data.matches(scope):
-                await data(scope, receive, send_with_id)
-            else:
-                await self._control(scope, receive, send_with_id)
+            ticket = self.admission.enter(scope)
+            await self._answer(scope, receive, send_with_id)
+        except Overloaded as error:
+            await send_reply(send_with_id, refusal(error, scope["path"]), head=scope["method"] == "HEAD")
         except Exception as error:
             log.exception("unexpected failure", path=scope["path"])
             if status == 0:
                 await send_reply(send_with_id, refusal(error, scope["path"]))
         finally:
+            if ticket is not None:
+                ticket.leave()
             seconds = time.perf_counter() - started
+            self._requests.end(scope["method"], scope["path"], status, seconds)
             self._access.write(scope["method"], scope["path"], status, seconds, id_)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Past the gate, to the plane whose call it is."""
+        assert self._gate is not None
+        assert self._quotas is not None
+        assert self._data is not None
+        try:
+            access = scope["ravine.access"] = await self._gate.admit(scope)
+            turn = await self._quotas.enter(access, scope)
+            try:
+                send = send if turn is None else turn.told(send)
+                plane = self._data if self._data.matches(scope) else self._control
+                if access.key is None:
+                    await plane(scope, receive, send)
+                else:
+                    await self._gate.watched(plane, access.key, scope, receive, send)
+            finally:
+                if turn is not None:
+                    turn.leave()
+        except (ServiceError, HTTPError) as error:  # the gate's: what the planes refuse they tell by themselves
+            await send_reply(send, refusal(error, scope["path"]), head=scope["method"] == "HEAD")
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        settings.max_connections,
+        settings.max_requests,
+        settings.max_waits,
+        max(settings.max_bodies, 2 * settings.max_body),  # one at its largest, as sent and as inflated
+        settings.header_seconds,
+        settings.stall_seconds,
+    )
 
 
 def _tell(sentence: str) -> None:

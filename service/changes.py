@@ -38,11 +38,12 @@ class Change:
 
 @dataclass(slots=True, eq=False)
 class Look:
-    """Something that reads the session at one commit."""
+    """Something that reads the session at one commit; `acknowledges`: as an answer to something that was sent."""
 
     future: "asyncio.Future[Any]"
     read: Callable[[Live], Any]
     threaded: bool = False
+    acknowledges: bool = False
 
 
 @dataclass(slots=True)

@@ -1,7 +1,10 @@
 """`ravine serve`: the service on a port."""
 
+import asyncio
+import os
 import signal
 import socket
+import ssl
 import sys
 from pathlib import Path
 from types import FrameType
@@ -9,11 +12,19 @@ from typing import Annotated, Any
 
 import typer
 import uvicorn
-from pydantic import ValidationError
 
-from service import listing, logs, memory
+from service import __version__, listing, logs, memory
+from service.admission import open_files
 from service.app import App, create_app
+from service.commands import backup
+from service.commands import keys as keys_command
+from service.commands import sessions as sessions_command
+from service.commands.options import option as _option
+from service.commands.options import settings_of
+from service.protocol import guarded
 from service.settings import Settings
+
+ACCEPTED_AT_ONCE = 16
 
 cli = typer.Typer(
     name="ravine",
@@ -25,17 +36,21 @@ cli = typer.Typer(
 )
 
 
-def _option(name: str, *flags: str) -> Any:
-    """An option whose help, default and variable are those of the setting `name`."""
-    field = Settings.model_fields[name]
-    default = "none" if field.default is None else str(field.default)
-    shown = {"memory": "1GiB", "data": "./ravine-data"}.get(name, default)
-    help_ = f"{field.description} [default: {shown}; variable: RAVINE_{name.upper()}]"
-    return typer.Option(*(flags or (f"--{name.replace('_', '-')}",)), help=help_, show_default=False)
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"ravine {__version__}")
+        raise typer.Exit
+
+
+Version = typer.Option("--version", callback=_version, is_eager=True, help="The version, and no more.")
+
+
+cli.add_typer(keys_command.cli)
+cli.add_typer(sessions_command.cli)
 
 
 @cli.callback()
-def _root() -> None:
+def _root(_: Annotated[bool, Version] = False) -> None:
     """Ravine: optimization as a service."""
 
 
@@ -43,8 +58,14 @@ def _root() -> None:
 def serve(
     host: Annotated[str | None, _option("host")] = None,
     port: Annotated[int | None, _option("port")] = None,
+    tls_cert: Annotated[Path | None, _option("tls_cert")] = None,
+    tls_key: Annotated[Path | None, _option("tls_key")] = None,
+    keys: Annotated[str | None, _option("keys")] = None,
+    insecure: Annotated[bool | None, _option("insecure", "--insecure")] = None,
     data: Annotated[Path | None, _option("data")] = None,
     redis_url: Annotated[str | None, _option("redis_url")] = None,
+    ack: Annotated[str | None, _option("ack")] = None,
+    ack_replicas: Annotated[int | None, _option("ack_replicas")] = None,
     durability: Annotated[str | None, _option("durability")] = None,
     memory_: Annotated[str | None, _option("memory")] = None,
     log_format: Annotated[str | None, _option("log_format")] = None,
@@ -58,24 +79,40 @@ def serve(
     given: dict[str, Any] = {
         "host": host,
         "port": port,
+        "tls_cert": tls_cert,
+        "tls_key": tls_key,
+        "keys": keys,
+        "insecure": insecure,
         "data": data,
         "redis_url": redis_url,
+        "ack": ack,
+        "ack_replicas": ack_replicas,
         "durability": durability,
         "memory": memory_,
         "log_format": log_format,
     }
-    try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        for fault in error.errors():
-            typer.echo(
-                f"ravine: {'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}", err=True
-            )
-        raise typer.Exit(2) from None
+    settings = settings_of(**given)
+    _check_tls(settings)
+    _check_tls(settings)
     logs.configure(settings.log_format)
     memory.return_large_arrays()
     raise typer.Exit(_run(settings))
 
+
+def _check_tls(settings: Settings) -> None:
+    """Ends the command where certificate and key cannot be used, rather than with a traceback once it would listen."""
+    if settings.tls_cert is None:
+        return
+    try:
+        # uvicorn gives no password: asked for one, OpenSSL would wait at the terminal.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        typer.echo(f"ravine: tls_cert, tls_key: cannot be used: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+cli.command()(backup.backup)
+cli.command()(backup.restore)
 
 Kind = Annotated[str | None, typer.Argument(help="The name of a kind.", show_default=False)]
 Markdown = Annotated[bool, typer.Option("--markdown", help="All of them, as the page in docs/.")]
@@ -120,11 +157,16 @@ def _tell(family: str, kind: str | None, *, markdown: bool) -> None:
 
 def _run(settings: Settings) -> int:
     app = create_app(settings)
+    app.admission.limits = app.admission.limits._replace(connections=open_files(settings.max_connections))
     config = uvicorn.Config(
         app,
+        http=guarded(app.admission),
+        ws="none",
         lifespan="on",
         host=settings.host,
         port=settings.port,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -137,8 +179,12 @@ def _run(settings: Settings) -> int:
     # uvicorn raises the signal that stopped it once more when it has drained; an orderly stop is no failure.
     signal.signal(signal.SIGTERM, _leave)
     signal.signal(signal.SIGINT, _leave)
-    server.run()
-    return 0 if server.started else 1
+    try:
+        server.run()
+    except SystemExit:
+        if server.started:
+            raise
+    return 0 if server.started else app.exit_code
 
 
 def _leave(*_: object) -> None:
@@ -159,8 +205,28 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            await self._listen_more()
             memory.collect_less_often()
             _greet(self._app, *self._address())
+
+    async def _listen_more(self) -> None:
+        """Several handles on each socket that is listened on.
+
+        A handle takes one new connection in each turn of the loop (libuv since 1.45). Under load a turn takes long, and
+        whoever was new waited for seconds, however soon the others were answered.
+        """
+        loop, config = asyncio.get_running_loop(), self.config
+
+        def protocol() -> asyncio.Protocol:
+            make: Any = config.http_protocol_class
+            made: asyncio.Protocol = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
+            return made
+
+        for listening in [listening for server in self.servers for listening in server.sockets]:
+            for _ in range(ACCEPTED_AT_ONCE - 1):
+                again = socket.socket(fileno=os.dup(listening.fileno()))
+                server = await loop.create_server(protocol, sock=again, ssl=config.ssl, backlog=config.backlog)
+                self.servers.append(server)
 
     def _address(self) -> tuple[str, int]:
         for server in self.servers:
@@ -176,7 +242,8 @@ class Server(uvicorn.Server):
 
 
 def _greet(app: App, host: str, port: int) -> None:
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    scheme = "http" if app.settings.tls_cert is None else "https"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     kind = "Redis" if app.settings.redis_url else "embedded Valkey"
     print(
         f"Ravine listens on {url} (reference: {url}/docs)\n"

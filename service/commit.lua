@@ -5,7 +5,10 @@
 --       message, then the log elements, the history records, and field/value pairs for the head
 local head = redis.call('HGET', KEYS[1], 'commit')
 if not head then return {'GONE'} end
-if head == ARGV[2] then return {'OK'} end -- the same call, sent twice
+if head == ARGV[2] then -- the same call, sent twice; it writes, or a barrier behind it would cover nothing
+  redis.call('HSET', KEYS[1], 'commit', head)
+  return {'OK'}
+end
 if head ~= ARGV[1] then return {'STALE'} end
 local elements, records, staged = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 for i = 1, staged do

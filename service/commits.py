@@ -11,7 +11,7 @@ to be the one that memory stands at, so that a replica that fell behind never an
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -25,29 +25,42 @@ from service import live as files
 from service.changes import Change, Cursor, Look, Planned, fail, new_future, resolve
 from service.deadlines import Deadlines
 from service.documents import Applied, Pending, StepRequest
-from service.errors import KeyReused, ServiceError, SessionNotFound, StepConflict, StoreFull, StoreUnavailable
+from service.errors import (
+    KeyReused,
+    ServiceError,
+    SessionNotFound,
+    StepConflict,
+    StoreFull,
+    StoreUnavailable,
+    Unconfirmed,
+)
+from service.heads import TRIES, Heads
 from service.live import THREADED, DocumentReader, Live
-from service.records import LogItem
+from service.records import Known, LogItem, Tail
 from service.store import Outcome as Appended
 from service.store import Store
+from service.tracing import Tracing
 
 T = TypeVar("T")
 
 
 class Committer:
-    """`reread(id)` reads a session anew from the store."""
+    """`reread(id, known)` reads a session anew from the store, of which it is known where it stood."""
 
     def __init__(
         self,
         store: Store,
         deadlines: Deadlines,
         read_document: DocumentReader,
-        reread: Callable[[str], Awaitable[Live]],
+        heads: Heads,
+        reread: Callable[[str, Known], Awaitable[Live]],
     ) -> None:
         self._store = store
         self._deadlines = deadlines
         self._read_document = read_document
+        self._heads = heads
         self._reread = reread
+        self.tracing: Tracing | None = None
         self._threads = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2), thread_name_prefix="compute")
 
     def close(self) -> None:
@@ -62,11 +75,18 @@ class Committer:
             if look.future.done():
                 continue
             try:
-                result = await self.compute(large and look.threaded, look.read, live)
+                result = await self._read(live, look, threaded=large and look.threaded)
             except (CoreError, ServiceError) as error:
                 fail(look.future, error)
             else:
                 resolve(look.future, result)
+
+    async def _read(self, live: Live, look: Look, *, threaded: bool) -> Any:
+        while True:
+            result = await self.compute(threaded, look.read, live)
+            if not (look.acknowledges and isinstance(result, Applied)) or await self._safe(live):
+                return result
+            await self.catch_up(live)
 
     async def compute(self, threaded: bool, function: Callable[..., T], *arguments: Any) -> T:
         if threaded:
@@ -97,7 +117,7 @@ class Committer:
         if items:
             try:
                 await self._announce(live, planned)
-                outcome = await self._append(live, items)
+                outcome = await self._traced("append", live, planned, self._append(live, items))
             except StoreFull as error:  # nothing was appended, and what only reads need not suffer
                 for change in changes:
                     fail(change.future, error)
@@ -107,11 +127,17 @@ class Committer:
             if outcome == "STALE":
                 await self.catch_up(live)
                 return changes
-        elif await self.catch_up(live):
+        elif not await self._answerable(live, planned):
             return changes
         for plan in planned:
             await self._settle(live, plan)
         return rest
+
+    async def _answerable(self, live: Live, planned: Sequence[Planned]) -> bool:
+        """Whether memory is where the store is and, where that is to answer a repeat, safe; else it has moved on."""
+        if await self.catch_up(live):
+            return False
+        return all(plan.done is None for plan in planned) or await self._safe(live)
 
     async def _announce(self, live: Live, planned: Sequence[Planned]) -> None:
         """Enters when the round is to be closed before it is opened, so that any replica will see to it."""
@@ -205,11 +231,16 @@ class Committer:
             plan.epsilon = await self.compute(True, privacy.epsilon, *spent, aggregation.sampling_rate)
 
     async def _append(self, live: Live, items: Sequence[LogItem]) -> Appended:
-        """Appends; where the reply was lost, finds out what became of it. Raises StoreUnavailable if it cannot."""
+        """Appends; where the reply was lost, finds out what became of it. Raises StoreUnavailable if it cannot.
+
+        OK is as safe as was asked for: `append` says so of its own, and of what it finds it has appended before.
+        """
         unknown = False
         for _ in range(5):
             try:
                 outcome: Appended | None = await self._store.append(live.id, live.head.commit, items)
+            except Unconfirmed:  # whoever asks once more has waited long enough
+                raise
             except StoreUnavailable:
                 outcome, unknown = None, True
             except StoreFull:
@@ -217,13 +248,41 @@ class Committer:
                     raise
                 outcome = None
             if outcome in ("OK", "GONE") or (outcome == "STALE" and not unknown):
+                if outcome == "OK" and self._store.durable:
+                    live.safe = items[-1].commit
                 return outcome
             # STALE after a lost reply may mean that the first attempt arrived late, and somebody else's after it.
             outcome = await self._store.landed(live.id, live.head.commit, items[-1].commit, live.head.seq)
+            if outcome == "OK" and self._store.durable:
+                outcome = await self._landed_safely(live, items[-1].commit)
             if outcome is not None:
                 return outcome
             # It did not go through, or not yet: the same once more is harmless, its commits being the same.
         raise StoreUnavailable("the store breaks off every write")
+
+    async def _landed_safely(self, live: Live, commit: str) -> Appended | None:
+        """The outcome of an append that landed; of that alone nobody knows whether it is safe."""
+        if await self._store.confirm(live.id, None) == "GONE":
+            return "GONE"
+        # Once more: the store that was made sure of might be one that went back in between.
+        outcome = await self._store.landed(live.id, live.head.commit, commit, live.head.seq)
+        if outcome == "OK":
+            live.safe = commit
+        return outcome
+
+    async def _safe(self, live: Live) -> bool:
+        """Whether where memory stands is as safe as was asked for; False: somebody has written since.
+
+        What memory appended itself is. What it caught up with need not be: its writer may still wait, or have given up.
+        """
+        if not self._store.durable or live.safe == live.head.commit:
+            return True
+        outcome = await self._store.confirm(live.id, live.head.commit)
+        if outcome == "GONE":
+            raise SessionNotFound(live.id)
+        if outcome == "OK":
+            live.safe = live.head.commit
+        return outcome == "OK"
 
     async def _settle(self, live: Live, plan: Planned) -> None:
         """Applies what was appended, and answers."""
@@ -233,7 +292,7 @@ class Committer:
         elif plan.skipped:
             await self._settle_skipped(live, change)
         elif plan.item is not None and plan.checked is not None:
-            await self._apply(live, plan, plan.item, plan.checked)
+            await self._traced("apply", live, [plan], self._apply(live, plan, plan.item, plan.checked))
         elif change.step is not None and plan.done is not None:
             self._reply(change, answers.replayed(live, change.step, plan.done))
         else:
@@ -277,7 +336,7 @@ class Committer:
         if plan.position:
             live.asked |= wanted == "updates"
             request.release()  # it is in the round: its body must not be there when that is closed
-            told = answers.of_round(live, request, outcome.step + 1, plan.position)
+            told = answers.of_round(live, request, outcome.step + 1, plan.position, item.commit)
             self._reply(change, replace(told, over=plan.closes) if isinstance(told, Pending) else told)
             return
         applied = Applied(live.stamp, live.session.layout, params, updates, plan.rate, checked.norm, outcome.metrics)
@@ -289,28 +348,53 @@ class Committer:
             return
         try:
             assert change.encode is not None
-            resolve(change.future, told if isinstance(told, Pending) else change.encode(told))
+            resolve(change.future, told if isinstance(told, Pending) else self._encoded(change.encode, change, told))
         except (CoreError, ServiceError) as error:
             fail(change.future, error)
+
+    def _encoded(self, encode: Callable[[Applied], Any], change: Change, told: Applied) -> Any:
+        if self.tracing is None:
+            return encode(told)
+        return self.tracing.call("encode", change.future, encode, told)
+
+    def _traced(self, name: str, live: Live, plans: Sequence[Planned], work: Coroutine[Any, Any, T]) -> Awaitable[T]:
+        """`work`, in a span of that name where requests are traced."""
+        if self.tracing is None:
+            return work
+        return self.tracing.during(name, live.id, [plan.change.future for plan in plans], work)
 
     # Keeping up with the store
 
     async def catch_up(self, live: Live) -> bool:
-        """Brings memory to where the store is; True if it was behind. Raises SessionNotFound, Corrupt."""
-        commit = await self._store.commit_of(live.id)
-        if commit == live.head.commit:
-            return False
-        tail = None if commit is None else await self._store.tail(live.id, live.head.seq)
-        if tail is None:
-            raise SessionNotFound(live.id)
-        if tail.entries and tail.entries[0].metadata.get("parent") == live.head.commit:
+        """Brings memory to where the store is; True if it was behind.
+
+        Raises SessionNotFound, StateLost, UnknownFormat, Corrupt.
+        """
+        for _ in range(TRIES):
+            stands = (await self._store.standing([live.id]))[0]
+            if stands is None:
+                raise SessionNotFound(live.id)
+            if stands[0] == live.head.commit:
+                live.head.epoch = stands[1]
+                return False
+            known = live.head.known
+            tail = await self._store.tail(live.id, live.head.seq, known)
+            if tail is None:
+                raise SessionNotFound(live.id)
+            if await self._heads.settle(live.id, known, tail):
+                return await self._follow(live, tail)
+        raise StoreUnavailable("the session changes faster than it can be followed")
+
+    async def _follow(self, live: Live, tail: Tail) -> bool:
+        if tail.on_line and tail.entries is not None:
             large = live.session.layout.size >= THREADED
             for entry in tail.entries:
                 await self.compute(large, files.replay, live, entry, self._read_document)
             live.rebase(tail.head.snap, tail.head.chunks, tail.head.base)
-            return True
-        # The log was cut since, or the store went back: everything is read anew.
-        fresh = await self._reread(live.id)
+            live.head.epoch = tail.head.epoch
+            return bool(tail.entries)
+        # The log was cut since, or somebody accepted that the store went back: everything is read anew.
+        fresh = await self._reread(live.id, live.head.known)
         live.session, live.document, live.head = fresh.session, fresh.document, fresh.head
         live.done, live.kept, live.log = fresh.done, fresh.kept, fresh.log
         live.closed, live.asked = fresh.closed, fresh.asked

@@ -24,11 +24,13 @@ from starlette.responses import HTMLResponse, Response
 from core.errors import CoreError
 from core.layout import Array
 from service import catalogue, pages, schemas
+from service.access.rights import access_of
 from service.documents import Document, Record, Stamp
 from service.engine import Engine
 from service.errors import Fault, InvalidRequest, ServiceError, StoreUnavailable
 from service.http import ClientGone, body_format, negotiate, preconditions
 from service.http import Request as Call
+from service.metrics import Metrics
 from service.openapi import openapi
 from service.operations import methods_of
 from service.problem_table import PROBLEMS
@@ -49,7 +51,7 @@ LARGE: Final = 1 << 18
 CLIENT_CLOSED: Final = 499  # never seen by anybody; it tells the access log why there was no reply
 
 
-def create_control(engine: Engine, *, max_body: int, version: str) -> FastAPI:
+def create_control(engine: Engine, *, max_body: int, version: str, metrics: Metrics | None = None) -> FastAPI:
     """The control plane over `engine`, for JSON bodies of at most `max_body` bytes."""
     app = FastAPI(
         title="Ravine",
@@ -65,6 +67,7 @@ def create_control(engine: Engine, *, max_body: int, version: str) -> FastAPI:
     _add_sessions(app, Sessions(engine, max_body))
     _add_catalogue(app)
     _add_pages(app, engine, version)
+    _add_metrics(app, metrics)
     return app
 
 
@@ -117,6 +120,17 @@ def _add_pages(app: FastAPI, engine: Engine, version: str) -> None:
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"])
 
 
+def _add_metrics(app: FastAPI, metrics: Metrics | None) -> None:
+    async def read(request: Request) -> Response:
+        _no_query(request)
+        if metrics is None:
+            raise NotFound
+        text, media = await metrics.text(request.headers.get("accept", ""))
+        return Response(text, headers=_FRESH | {"Content-Type": media})
+
+    app.add_api_route("/metrics", read, methods=["GET", "HEAD"])
+
+
 class Sessions:
     """The endpoints under /v1/sessions. Any error is raised, and told by `_refuse`."""
 
@@ -134,13 +148,14 @@ class Sessions:
             document, params = await asyncio.to_thread(_new_session, body)
         else:
             document, params = _new_session(body)
-        session, stamp = await self._engine.create(document, params)
+        session, stamp = await self._engine.create(document, params, access_of(request.scope).tenant)
         return _made(request, session, stamp)
 
     async def page(self, request: Request) -> Response:
         query = _call(request).query(("limit", "after", "label"))
         limit = _integer(query, "limit", PAGE, 1, MAX_PAGE)
-        sessions, more = await self._engine.sessions(limit, query.get("after"), _label(query))
+        tenant = access_of(request.scope).tenant
+        sessions, more = await self._engine.sessions(limit, query.get("after"), _label(query), tenant)
         return _json({"data": sessions, "has_more": more}, headers=_FRESH)
 
     async def get(self, request: Request, session: str) -> Response:
@@ -149,6 +164,8 @@ class Sessions:
         found, stamp = await self._engine.session(session)
         if known is not None and known.holds(stamp):
             return Response(status_code=304, headers=_stamped(stamp))
+        if access_of(request.scope).scope == "worker":
+            found = _for_workers(found)
         return _json(found, headers=_stamped(stamp))
 
     async def patch(self, request: Request, session: str) -> Response:
@@ -291,6 +308,12 @@ def _no_query(request: Request) -> None:
 
 def _new_session(body: Body) -> tuple[Document, dict[str, Array] | None]:
     return schemas.parse_create(loads(body))
+
+
+def _for_workers(session: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what the noise is drawn from: whoever knows it can subtract the noise."""
+    aggregation = {name: value for name, value in session["aggregation"].items() if name != "seed"}
+    return {**session, "aggregation": aggregation}
 
 
 def _integer(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

@@ -26,9 +26,10 @@ from xxhash import xxh3_128
 from core.aggregation.ledger import is_name
 from core.errors import CoreError, TooFarAhead
 from service import contributions, replies
+from service.access.rights import access_of
 from service.documents import Event, Pending, StepRequest
 from service.engine import Engine
-from service.errors import Fault, InvalidRequest, ServiceError, StoreFull, StoreUnavailable
+from service.errors import Fault, InvalidRequest, Overloaded, ServiceError, StoreFull, StoreUnavailable
 from service.http import (
     FORMATS,
     ClientGone,
@@ -169,17 +170,19 @@ class DataPlane:
                 left = deadline - monotonic()
                 # Nobody says when a worker is given up, so it is tried again every now and then.
                 turn = self._engine.wait(session, error.step, min(left, TRY_AGAIN))
-                if left <= 0 or await self._waits.run(request.receive, turn) is None:
+                if left <= 0 or await self._waits.run(request.receive, turn, request.ticket) is None:
                     turn.close()
                     raise
         if not isinstance(told, Pending) or not seconds:
             return told
         step.release()  # its body may be large, and the wait long
+        if request.ticket is not None:
+            request.ticket.release()
         try:
             closed = self._engine.wait(session, told.round - 1, deadline - monotonic())
-            if await self._waits.run(request.receive, closed):
+            if await self._waits.run(request.receive, closed, request.ticket):
                 return await self._engine.round(session, step, told, encode)
-        except (StoreUnavailable, StoreFull):
+        except (Overloaded, StoreUnavailable, StoreFull):
             pass  # the contribution is in the log, and that is what the client is told
         return told
 
@@ -192,7 +195,7 @@ class DataPlane:
         if_none_match = preconditions(request.header(b"if-none-match"), "If-None-Match")
         point = await self._engine.params(session, at)
         if after is not None and point.stamp.step <= after:
-            if not (seconds and await self._waits.run(request.receive, self._engine.wait(session, after, seconds))):
+            if not (seconds and await self._later(request, session, after, seconds)):
                 return replies.not_modified(await self._engine.stamp(session))
             point = await self._engine.params(session, at)
         if "worker" in given and request.scope["method"] != "HEAD":
@@ -200,6 +203,9 @@ class DataPlane:
         if if_none_match is not None and if_none_match.holds(point.stamp):
             return replies.not_modified(point.stamp)
         return replies.params(point, form)
+
+    async def _later(self, request: Request, session: str, after: int, seconds: float) -> bool | None:
+        return await self._waits.run(request.receive, self._engine.wait(session, after, seconds), request.ticket)
 
     async def _put_params(self, session: str, request: Request) -> Reply:
         form = body_format(request.header(b"content-type"))
@@ -229,7 +235,7 @@ class DataPlane:
     async def _restore(self, _: str, request: Request) -> Reply:
         request.query()
         tensors, metadata = safetensors.read(await request.body(self._limit))
-        session, stamp = await self._engine.restore(tensors, metadata)
+        session, stamp = await self._engine.restore(tensors, metadata, access_of(request.scope).tenant)
         location = f"{request.scope.get('root_path', '')}{PREFIX}/{session['id']}".encode()
         return replies.document(201, session, [(b"location", location), *replies.stamped(stamp)])
 
@@ -241,6 +247,8 @@ class DataPlane:
         # Whatever is wrong is known before the stream has begun, and so is where it begins: whoever has seen its
         # headers misses nothing. A step that is still to come was seen of a state that the store has lost.
         step = (await self._engine.stamp(session)).step
+        if request.ticket is not None:
+            request.ticket.wait()
         return partial(self._stream, self._engine.events(session, step if after is None else min(after, step)))
 
     async def _stream(self, events: AsyncIterator[Event], receive: Receive, send: Send) -> None:

@@ -16,7 +16,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from core.errors import CoreError
-from service.errors import ServiceError, SessionNotFound, StoreFull, StoreUnavailable
+from service.errors import ServiceError, SessionNotFound, StateLost, StoreFull, StoreUnavailable
 from service.index import Index
 from service.store import STAGED_SECONDS
 
@@ -136,6 +136,9 @@ class Deadlines:
             await self._close(session, round_)
         except SessionNotFound:
             pass
+        except StateLost:  # it may be accepted at any time, and the round goes on then
+            self._due[session, round_] = time.time() + AGAIN
+            return False
         except (CoreError, ServiceError) as error:
             # It waits for its quorum, its contribution is on the way to the log, or the store is away.
             log.debug("round not closed yet", session=session, round=round_, reason=str(error))

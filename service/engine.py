@@ -8,22 +8,20 @@ needs no arrays.
 import asyncio
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import orjson
-import structlog
 
 from core.errors import CoreError
 from core.evaluate import Evaluator
 from core.layout import Array
-from core.recipe import Recipe
 from core.session import Session
 from service import answers, crowd
 from service import live as files
+from service.access.usage import UNLIMITED, Quota, bytes_of, check_size
 from service.changes import Change, Look, fail, new_future
 from service.commits import Committer
 from service.deadlines import Deadlines
@@ -37,69 +35,89 @@ from service.errors import (
     StepConflict,
     StoreFull,
     StoreUnavailable,
+    UnknownFormat,
 )
-from service.ids import age_of, checked_id, new_commit, new_id
+from service.ids import checked_id, new_commit, new_id
 from service.index import DEFAULT_TENANT
-from service.live import THREADED, DocumentReader, Live
+from service.live import DocumentReader, Live
 from service.objects import record_of, session_object
-from service.records import Head
+from service.records import Head, Stored
+from service.residents import Residents
 from service.snapshots import Snapshots
 from service.store import Store
+from service.tenants import Tenants
+from service.tracing import Tracing
 from service.waiting import Waiting
 from service.wire import safetensors
 
-log = structlog.get_logger("ravine.engine")
 T = TypeVar("T")
 
 BATCH = 256
 BATCH_BYTES = 64 * 1024 * 1024
 # A session that leaves memory with fewer entries in its log is replayed as fast as a snapshot is written.
 WORTH_A_SNAPSHOT = 32
-LARGE = 64 * 1024 * 1024
+
+
+class _Changed(StepConflict):
+    """Somebody else changed the session's document since room was made for a change of its size."""
 
 
 class Engine:
     """`read_document` makes a Document of its JSON. Live sessions may take `budget` bytes of memory together, the
-    state of one of them `max_state`.
+    state of one of them `max_state`; each tenant may have `quota`.
     """
 
     def __init__(
-        self, store: Store, evaluator: Evaluator, read_document: DocumentReader, budget: int, max_state: int
+        self,
+        store: Store,
+        evaluator: Evaluator,
+        read_document: DocumentReader,
+        budget: int,
+        max_state: int,
+        quota: Quota = UNLIMITED,
     ) -> None:
         self._store = store
         self.evaluator = evaluator
         self._read_document = read_document
         self._max_state = max_state
-        self._budget = budget
-        self._live: OrderedDict[str, Live] = OrderedDict()
-        self._costs: dict[str, int] = {}
-        self._cost = 0
-        self._loading: dict[str, asyncio.Task[Live]] = {}
+        self._tenants = Tenants(store, quota)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._residents = Residents(store, budget, self._spawn, self._revive, self._leaving, self._entered)
+        self._live, self._heads = self._residents.live, self._residents.heads
         self._deadlines = Deadlines(store.index, self.close_round)
-        self._committer = Committer(store, self._deadlines, read_document, self._read)
+        self._committer = Committer(store, self._deadlines, read_document, self._heads, self._residents.read)
         self._snapshots = Snapshots(store, self._spawn)
-        self._waiting = Waiting(store)
+        self._waiting = Waiting(store, self._heads)
 
     async def start(self) -> None:
         self._waiting.start()
         self._deadlines.start()
+        self._heads.start()
 
     async def stop(self) -> None:
         """Waits for what is under way, then lets go. Requests must have ended before."""
+        await self._heads.stop()
         await self._deadlines.stop()
         while self._tasks:
             await asyncio.wait(self._tasks)
         await self._waiting.stop()
         self._committer.close()
 
+    @property
+    def hot(self) -> tuple[int, int]:
+        """How many sessions are in memory, and the bytes that they take."""
+        return len(self._live), self._residents.cost
+
+    def trace(self, tracing: Tracing) -> None:
+        self._committer.tracing = tracing
+
     # Making, listing and ending sessions
 
     async def create(
         self, document: Document, params: Mapping[str, Array] | None, tenant: str = DEFAULT_TENANT
     ) -> tuple[dict[str, Any], Stamp]:
-        """A new session of `tenant`. Raises InvalidRequest, TensorError, StoreUnavailable, StoreFull."""
-        self._check_size(document.recipe, "/shapes" if params is None else "/params")
+        """A new session of `tenant`. Raises InvalidRequest, TensorError, QuotaExceeded, StoreUnavailable, StoreFull."""
+        check_size(document.recipe, self._max_state, "/shapes" if params is None else "/params")
         session = Session.new(document.recipe, params, self.evaluator)
         return await self._create(session, document, tenant, new=True)
 
@@ -110,23 +128,11 @@ class Engine:
 
         def read(described: Mapping[str, Any]) -> Document:
             document = self._read_document(described)
-            self._check_size(document.recipe, "/shapes")
+            check_size(document.recipe, self._max_state, "/shapes")
             return document
 
         session, document = files.restored(tensors, metadata, now(), read, self.evaluator)
         return await self._create(session, document, tenant)
-
-    def _check_size(self, recipe: Recipe, where: str) -> None:
-        """Raises InvalidRequest, before any array is made, for a state with more bytes or tensors than allowed."""
-        params = recipe.layout.size * recipe.numpy_dtype.itemsize
-        needed = recipe.state_bytes() + params + recipe.round_bytes()
-        if needed > self._max_state:
-            sentence = f"parameters, slots and rounds would take {needed} bytes; a session may have {self._max_state}"
-            raise InvalidRequest([Fault(where, sentence)])
-        named = len(recipe.layout.slots) * (1 + len(recipe.slots)) + len(recipe.own) + recipe.aggregation.kept
-        if named > safetensors.MAX_TENSORS:
-            sentence = f"the checkpoint would have {named} tensors; {safetensors.MAX_TENSORS} are read back"
-            raise InvalidRequest([Fault(where, sentence)])
 
     async def fork(self, id_: str) -> tuple[dict[str, Any], Stamp]:
         """A new session from this one's state; it remembers neither its history nor its keys."""
@@ -153,11 +159,15 @@ class Engine:
         fields |= {"document": orjson.dumps(files.describe(document)), "held": int(held)}
         if tenant != DEFAULT_TENANT:
             fields["tenant"] = tenant
-        await self._store.index.enter(tenant, id_, document.labels.items())
         deadline = session.state.ledger.deadline(document.recipe.aggregation)
-        if deadline is not None:
-            await self._deadlines.announce(id_, step + 1, deadline)
-        await self._store.create(id_, snap, safetensors.write(tensors, text), fields)
+        await self._tenants.enter(tenant, id_, document.labels, bytes_of(document.recipe))
+        try:
+            if deadline is not None:
+                await self._deadlines.announce(id_, step + 1, deadline)
+            await self._store.create(id_, snap, safetensors.write(tensors, text), fields)
+        except StoreFull:  # it was not made
+            await self._tenants.leave(tenant, id_, document.labels)
+            raise
         if deadline is not None:  # once more: whoever looked before there was a session has taken it away
             await self._deadlines.announce(id_, step + 1, deadline)
         return await self.session(id_)
@@ -175,9 +185,14 @@ class Engine:
         return found
 
     async def tenant(self, id_: str) -> str:
-        """Whose the session is. Raises SessionNotFound."""
-        live = self._live.get(id_)
-        return live.head.tenant if live is not None else (await self._head(id_)).tenant
+        """Whose the session is. Raises SessionNotFound.
+
+        By the store even where the session lives here: the time must not tell whether there is one.
+        """
+        tenant = await self._store.tenant_of(checked_id(id_))
+        if tenant is None:
+            raise SessionNotFound(id_)
+        return tenant
 
     async def stamp(self, id_: str, *, last: bool = False) -> Stamp:
         """Where the session stands; by the `last` commit, even if nothing that a client sees but a checkpoint changed.
@@ -188,10 +203,7 @@ class Engine:
         return Stamp(head.step, head.commit if last else head.mark)
 
     async def _head(self, id_: str) -> Head:
-        head = await self._store.head(checked_id(id_))
-        if head is None:
-            raise SessionNotFound(id_)
-        return head
+        return await self._heads.head(checked_id(id_))
 
     async def sessions(
         self, limit: int, after: str | None, label: tuple[str, str] | None, tenant: str = DEFAULT_TENANT
@@ -200,37 +212,35 @@ class Engine:
         found: list[dict[str, Any]] = []
         while True:
             wanted = limit + 1 - len(found)
-            ids = await self._store.index.ids(tenant, label, after, wanted)
-            for id_, head in zip(ids, await self._store.heads(ids), strict=True):
+            page = await self._tenants.page(tenant, label, after, wanted)
+            for id_, head in page:
+                if isinstance(head, UnknownFormat):  # it is there, and another release's
+                    continue
                 described = None if head is None else await self._described(id_, head)
                 if described is None or (label and described["labels"].get(label[0]) != label[1]):
-                    await self._forget_entry(tenant, id_, described, label)
+                    await self._tenants.forget(tenant, id_, label, gone=described is None)
                 else:
                     found.append(described)
-            if len(ids) < wanted or len(found) > limit:
+            if len(page) < wanted or len(found) > limit:
                 return found[:limit], len(found) > limit
-            after = ids[-1]
-
-    async def _forget_entry(
-        self, tenant: str, id_: str, described: Mapping[str, Any] | None, label: tuple[str, str] | None
-    ) -> None:
-        """Drops an id from the index that is not there, unless it is only just being made."""
-        if age_of(id_) > 60:
-            await self._store.index.leave(tenant, id_, [label] if label else [], index=described is None)
+            after = page[-1][0]
 
     async def delete(self, id_: str, if_match: Precondition | None) -> None:
+        """Even of a session that is lost. Raises SessionNotFound, StepConflict, UnknownFormat."""
         while True:
-            head = await self._head(id_)
+            head = await self._store.head(checked_id(id_))
+            if head is None:
+                raise SessionNotFound(id_)
             if if_match is not None and not if_match.holds(Stamp(head.step, head.mark)):
                 raise StepConflict(head.step, head.mark)
             outcome = await self._store.delete(id_, head, None if if_match is None else head.commit)
             if outcome != "STALE":
                 break
         self._deadlines.seen_to(id_, head.step + 1)
-        labels = orjson.loads(head.document)["labels"]
-        await self._store.index.leave(head.tenant, id_, labels.items())
+        await self._tenants.leave(head.tenant, id_, orjson.loads(head.document)["labels"])
         if (live := self._live.get(id_)) is not None:
-            self._forget(live)
+            self._residents.forget(live)
+        self._heads.drop(id_)
 
     # Changing
 
@@ -255,9 +265,10 @@ class Engine:
         """What became of the round that a contribution went into: its step if it is closed, else Pending as before."""
 
         def read(live: Live) -> Applied | Pending:
-            return answers.of_round(live, request, pending.round, pending.received, replayed=pending.replayed)
+            round_, position, commit = pending.round, pending.received, pending.stamp.commit
+            return answers.of_round(live, request, round_, position, commit, replayed=pending.replayed)
 
-        told: Applied | Pending = await self._look(id_, read, threaded=True)
+        told: Applied | Pending = await self._enqueue(id_, Look(new_future(), read, threaded=True, acknowledges=True))
         return told if isinstance(told, Pending) else encode(told)  # neither points nor kept updates ever change
 
     async def close_round(self, id_: str, round_: int) -> None:
@@ -293,21 +304,33 @@ class Engine:
     async def patch(
         self, id_: str, change: Callable[[Document], Document], if_match: Precondition | None
     ) -> tuple[dict[str, Any], Stamp]:
-        def bounded(document: Document) -> Document:
+        def bounded(document: Document, seen: Document | None = None) -> Document:
             changed = change(document)
-            self._check_size(changed.recipe, "/optimizer")
+            check_size(changed.recipe, self._max_state, "/optimizer")
+            if seen is not None and seen is not document and bytes_of(changed.recipe) != bytes_of(document.recipe):
+                raise _Changed(0, "")
             return changed
 
-        before, after = await self._enqueue(id_, Change(new_future(), if_match, change=bounded))
-        gone = before.labels.items() - after.labels.items()
-        tenant, index = await self.tenant(id_), self._store.index
-        await index.enter(tenant, id_, after.labels.items())
-        if gone:
-            await index.leave(tenant, id_, gone, index=False)
+        def look(live: Live) -> tuple[Document, str, int, int, int]:
+            if if_match is not None and not if_match.holds(live.stamp):
+                raise StepConflict(live.stamp.step, live.stamp.commit)
+            now_, then = bytes_of(live.document.recipe), bytes_of(bounded(live.document).recipe)
+            return live.document, live.head.tenant, live.head.seq, now_, then
+
+        while True:
+            seen, tenant, *sizes = await self._look(id_, look)
+            within = partial(bounded, seen=seen)
+            try:
+                async with self._tenants.room(tenant, id_, *sizes):
+                    before, after = await self._enqueue(id_, Change(new_future(), if_match, change=within))
+                break
+            except _Changed:
+                continue
+        await self._tenants.relabel(tenant, id_, before.labels, after.labels)
         try:
             return await self.session(id_)
         except SessionNotFound:  # it was deleted meanwhile, and must not be entered again
-            await index.leave(tenant, id_, after.labels.items())
+            await self._tenants.leave(tenant, id_, after.labels)
             raise
 
     # Reading
@@ -357,9 +380,11 @@ class Engine:
         return await self._enqueue(id_, Look(new_future(), read, threaded))
 
     async def _enqueue(self, id_: str, item: Change | Look) -> Any:
+        if self._committer.tracing is not None:
+            self._committer.tracing.asked(item.future)
         live = self._live.get(id_)
         if live is None:
-            live = await self._load(checked_id(id_))
+            live = await self._residents.load(checked_id(id_))
         else:
             self._live.move_to_end(id_)
         live.queue.append(item)
@@ -391,8 +416,7 @@ class Engine:
             raise
         finally:
             live.runner = None
-        if self._live.get(live.id) is live:
-            self._account(live)
+        self._residents.account(live)
 
     def _take(self, live: Live, kind: type[T]) -> list[T]:
         """What can be dealt with at once: things of one kind, a change of recipe by itself."""
@@ -416,60 +440,18 @@ class Engine:
         Where the store is away it can: memory is never ahead of the log, and catches up once the store is back.
         """
         if not isinstance(error, StoreUnavailable | StoreFull):
-            self._forget(live)
+            self._residents.forget(live)
         for item in [*live.taken, *live.queue]:
             fail(item.future, error)
         live.queue.clear()
         live.taken.clear()
 
-    async def _load(self, id_: str) -> Live:
-        """The session, read from the store once, however many ask for it, and whoever of them goes away meanwhile."""
-        loading = self._loading.get(id_)
-        if loading is None:
-            loading = self._loading[id_] = self._spawn(self._enter(id_))
-        return await asyncio.shield(loading)
+    async def _revive(self, id_: str, stored: Stored, large: bool) -> Live:
+        return await self._committer.compute(large, files.revive, id_, stored, self._read_document, self.evaluator)
 
-    async def _enter(self, id_: str) -> Live:
-        try:
-            live = await self._read(id_)
-        finally:
-            del self._loading[id_]
-        self._live[id_] = live
-        self._account(live)
-        return live
+    def _leaving(self, live: Live) -> None:
+        if len(live.log) >= WORTH_A_SNAPSHOT:
+            self._snapshots.begin(live)
 
-    async def _read(self, id_: str) -> Live:
-        started = time.monotonic()
-        head = await self._store.head(id_)
-        if head is not None and head.length > LARGE:
-            log.info("loading session", session=id_, megabytes=round(head.length / 1e6))
-        stored = await self._store.load(id_)
-        if stored is None:
-            raise SessionNotFound(id_)
-        large = stored.head.length >= THREADED
-        live = await self._committer.compute(large, files.revive, id_, stored, self._read_document, self.evaluator)
-        if stored.head.length > LARGE:
-            log.info("session loaded", session=id_, seconds=round(time.monotonic() - started, 2))
-        return live
-
-    # Memory
-
-    def _account(self, live: Live) -> None:
-        """Counts what `live` takes now, and lets the longest unused sessions go until all fit the budget."""
-        cost = live.cost
-        self._cost += cost - self._costs.get(live.id, 0)
-        self._costs[live.id] = cost
-        while self._cost > self._budget:
-            # The longest unused come first; a few that are at work are passed over.
-            oldest = [self._live[id_] for id_ in islice(self._live, 32)]
-            chosen = next((other for other in oldest if other is not live and other.idle), None)
-            if chosen is None:
-                return
-            if len(chosen.log) >= WORTH_A_SNAPSHOT:
-                self._snapshots.begin(chosen)
-            self._forget(chosen)
-
-    def _forget(self, live: Live) -> None:
-        if self._live.get(live.id) is live:
-            del self._live[live.id]
-            self._cost -= self._costs.pop(live.id, 0)
+    def _entered(self, live: Live) -> None:
+        self._spawn(self._tenants.count(live.id, replace(live.head)))

@@ -19,7 +19,7 @@ from core.recipe import describe
 from core.session import Session
 from service import errors as service
 from service.documents import Event, Pending, Record, Stamp
-from service.problems import MethodNotAllowed, NotFound, RequestTimeout, told
+from service.problems import HeadTooLarge, MalformedRequest, MethodNotAllowed, NotFound, RequestTimeout, told
 from service.replies import pending as accepted
 from service.replies import server_sent
 from service.schemas import parse_create
@@ -228,6 +228,8 @@ def events() -> str:
 
 # An exception for each problem, from which its example is made.
 _ERRORS: Final[dict[str, Exception]] = {
+    "malformed-request": MalformedRequest(),
+    "head-too-large": HeadTooLarge(),
     "malformed-json": wire.MalformedJSON("an object has two members named 'lr'"),
     "malformed-encoding": wire.MalformedEncoding("the gzip data is cut short"),
     "invalid-request": service.InvalidRequest([service.Fault("/optimizer/lr", "must be at least 0")]),
@@ -256,6 +258,10 @@ _ERRORS: Final[dict[str, Exception]] = {
     "already-contributed": core.AlreadyContributed(42, "worker-3"),
     "too-far-ahead": core.TooFarAhead("worker-3", 7, 4, 2, 41),
     "no-rounds": service.NoRounds("async"),
+    "state-lost": service.StateLost(
+        SESSION_ID, service.Place(41, '"41-c41e07b9aa5d2f36"'), service.Place(38, '"38-90b2d1f04c77e8aa"')
+    ),
+    "unknown-format": service.UnknownFormat("the session", "2", ["1"]),
     "key-reused": service.KeyReused("0b9f8a52-step-1"),
     "unsupported-media-type": service.UnsupportedMedia(
         "Content-Type", "application/x-www-form-urlencoded", ["application/json", "application/vnd.safetensors"]
@@ -263,16 +269,33 @@ _ERRORS: Final[dict[str, Exception]] = {
     "not-acceptable": service.NotAcceptable("text/html", ["application/json", "text/csv"]),
     "body-too-large": wire.BodyTooLarge(1 << 30),
     "request-timeout": RequestTimeout(),
+    "unauthenticated": service.Unauthenticated(),
+    "forbidden": service.Forbidden(),
     "session-not-found": service.SessionNotFound(SESSION_ID),
     "not-found": NotFound(),
     "method-not-allowed": MethodNotAllowed("PUT", ["GET", "HEAD", "POST", "OPTIONS"]),
     "params-not-held": core.ParamsNotHeld("this session's client holds the parameters"),
     "step-conflict": service.StepConflict(2, "c41e07b9aa"),
+    "overloaded": service.Overloaded("requests"),
+    "quota-exceeded": service.QuotaExceeded(
+        "rate", "this tenant may ask 1000 times in 60 s", service.Standing("tenant", 1000, 0, 3, window=60)
+    ),
     "store-unavailable": service.StoreUnavailable(),
     "store-full": service.StoreFull(),
     "state-corrupt": service.Corrupt(),
     "internal-error": RuntimeError(),
 }
+
+
+METRICS: Final = """\
+# HELP ravine_http_refused_total Requests refused, by the problem.
+# TYPE ravine_http_refused_total counter
+ravine_http_refused_total{problem="step-conflict"} 3.0
+# HELP ravine_sessions_hot Sessions in the memory of this process.
+# TYPE ravine_sessions_hot gauge
+ravine_sessions_hot 12.0
+"""
+OPENMETRICS: Final = METRICS.replace("refused_total R", "refused R").replace("refused_total c", "refused c") + "# EOF\n"
 
 
 def problem(slug: str, path: str) -> dict[str, Any]:

@@ -1,12 +1,8 @@
-"""What both planes need of HTTP: bodies read within a limit, headers understood, replies sent.
+"""What both planes need of HTTP: headers understood, waits that end, replies sent. How bodies are read is in bodies.py.
 
-Plain ASGI, made for uvicorn, whose sources say what costs a copy:
-
-- A body arrives in pieces of about 64 KiB, so a long one is copied into one buffer as it comes; joining the
-  pieces at the end would hold it twice. A body that comes in one piece is taken as it is.
-- A reply with a Content-Length goes to the transport piece by piece, and uvloop writes any contiguous buffer
-  where it lies. So large replies are sent as views of the arrays they come from, and only small pieces, for
-  which a message costs more than a copy, are joined.
+Plain ASGI, made for uvicorn, whose sources say what costs a copy: a reply with a Content-Length goes to the transport
+piece by piece, and uvloop writes any contiguous buffer where it lies. So large replies are sent as views of the arrays
+they come from, and only small pieces, for which a message costs more than a copy, are joined.
 
 Headers are read strictly: what is malformed is refused, since a precondition or a key that is silently dropped
 would apply a step that its sender meant to be guarded. `Prefer` alone is advice (RFC 7240) and never refused.
@@ -18,21 +14,22 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import parse_qsl
 
-import numpy as np
-
+from service import bodies
+from service.admission import TICKET, Ticket
+from service.bodies import ClientGone as ClientGone
+from service.bodies import Headers as Headers
+from service.bodies import Message as Message
+from service.bodies import Receive as Receive
 from service.documents import Precondition
-from service.errors import Fault, InvalidRequest, NotAcceptable, UnsupportedMedia
-from service.problems import RequestTimeout
-from service.wire.errors import BodyTooLarge
-from service.wire.inflate import ENCODINGS, Body, inflate
+from service.errors import Fault, InvalidRequest, NotAcceptable, Overloaded, UnsupportedMedia
+from service.wire.inflate import Body
 from service.wire.json import pointer
 
 Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
-Headers: TypeAlias = dict[bytes, bytes]
 Piece: TypeAlias = bytes | memoryview
+# Given in place of what a client sends: nobody waits for this request any longer, though the client is there.
+OVER: Final[Message] = {"type": "ravine.over"}
 Format: TypeAlias = Literal["json", "safetensors", "csv"]
 
 # The first is what replies are labelled with.
@@ -46,13 +43,6 @@ FORMATS: Final[dict[str, Format]] = {media: name for name, types in MEDIA_TYPES.
 T = TypeVar("T")
 
 SMALL: Final = 64 << 10  # bytes up to which copying is cheaper than another message
-_CACHE_LINE: Final = 64
-GRACE: Final = 30.0  # seconds; a body may take this long, and longer by its length at SLOWEST bytes a second
-SLOWEST: Final = 64 << 10
-
-
-class ClientGone(Exception):
-    """The client closed the connection: nothing is to be applied for it, and nothing answered."""
 
 
 class Reply(NamedTuple):
@@ -88,84 +78,13 @@ class Request:
         return query(text, allowed) if text else {}
 
     async def body(self, limit: int) -> Body:
-        """The body without its Content-Encoding: at most `limit` bytes, as sent and as inflated.
+        """The body without its Content-Encoding: at most `limit` bytes. Raises what bodies.read does."""
+        return await bodies.read(self.scope, self.headers, self.receive, limit)
 
-        Raises BodyTooLarge, before anything is read where the Content-Length says so; UnsupportedMedia for a coding
-        that is not known, also before; MalformedEncoding; RequestTimeout; ClientGone.
-        """
-        return await _read(self.headers, self.receive, limit)
-
-
-# -- bodies ----------------------------------------------------------------------------------------------------
-
-
-async def _read(headers: Headers, receive: Receive, limit: int) -> Body:
-    declared = headers.get(b"content-length")
-    length = None if declared is None else int(declared)
-    if length is not None and length > limit:
-        raise BodyTooLarge(limit)
-    coding = "identity" if b"content-encoding" not in headers else content_coding(headers[b"content-encoding"])
-    piece, more = await _piece(receive)
-    if len(piece) > limit:
-        raise BodyTooLarge(limit)
-    body: Body = await _rest(length, limit, piece, receive) if more else piece
-    if coding == "identity":
-        return body
-    if len(body) < SMALL:
-        return inflate(coding, body, limit)
-    return await asyncio.to_thread(inflate, coding, body, limit)
-
-
-async def _piece(receive: Receive) -> tuple[bytes, bool]:
-    message = await receive()
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    return message.get("body", b""), message.get("more_body", False)
-
-
-async def _rest(length: int | None, limit: int, piece: bytes, receive: Receive) -> memoryview | bytearray:
-    """A body in several pieces, from its first on. Raises RequestTimeout for one that comes too slowly."""
-    size = limit if length is None else length
-    try:
-        async with asyncio.timeout(GRACE + size / SLOWEST):
-            return await (_grow(limit, piece, receive) if length is None else _fill(length, piece, receive))
-    except TimeoutError:
-        raise RequestTimeout(f"the body came at less than {SLOWEST} bytes/s") from None
-
-
-async def _fill(length: int, piece: bytes, receive: Receive) -> memoryview:
-    """A body whose length is known, in one buffer of that size; np.empty does not clear what is overwritten."""
-    room = np.empty(length + _CACHE_LINE, np.uint8)
-    start = -room.ctypes.data % _CACHE_LINE
-    view = room[start : start + length].data
-    end, more = 0, True
-    while True:
-        begin, end = end, end + len(piece)
-        view[begin:end] = piece
-        if not more:
-            return view[:end]
-        piece, more = await _piece(receive)
-
-
-async def _grow(limit: int, piece: bytes, receive: Receive) -> bytearray:
-    body, more = bytearray(), True
-    while True:
-        if len(body) + len(piece) > limit:
-            raise BodyTooLarge(limit)
-        body += piece
-        if not more:
-            return body
-        piece, more = await _piece(receive)
-
-
-def content_coding(value: bytes) -> str:
-    """One of wire.inflate.ENCODINGS. Raises UnsupportedMedia for any other, and for several at once."""
-    coding = value.decode("latin-1").strip().lower() or "identity"
-    if coding == "x-gzip":  # RFC 9110, 8.4.1.3
-        coding = "gzip"
-    if coding not in ENCODINGS:
-        raise UnsupportedMedia("Content-Encoding", coding, sorted(ENCODINGS))
-    return coding
+    @property
+    def ticket(self) -> Ticket | None:
+        """What this request was let in with; None where nobody counts."""
+        return self.scope.get(TICKET)
 
 
 # -- waiting ---------------------------------------------------------------------------------------------------
@@ -178,21 +97,29 @@ class Waits:
     """
 
     def __init__(self) -> None:
-        self._ears: set[asyncio.Task[None]] = set()
+        self._ears: set[asyncio.Task[Message]] = set()
         self._ended = False
 
-    async def run(self, receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
-        """What `work` gives, or None once `end` was called. Raises ClientGone; `work` is then cancelled."""
+    async def run(self, receive: Receive, work: Coroutine[Any, Any, T], ticket: Ticket | None = None) -> T | None:
+        """What `work` gives, or None once `end` was called or the request is OVER. Raises ClientGone; `work` is then
+        cancelled. Raises Overloaded where by the `ticket` too many wait already.
+        """
         if self._ended:
             work.close()
             return None
+        if ticket is not None:
+            try:
+                ticket.wait()
+            except Overloaded:
+                work.close()
+                raise
         task, ear = asyncio.create_task(work), asyncio.create_task(_hear(receive))
         self._ears.add(ear)
         try:
             await asyncio.wait((task, ear), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-            if ear.cancelled():
+            if ear.cancelled() or (ear.exception() is None and ear.result() is OVER):
                 return None
             raise ClientGone
         finally:
@@ -209,9 +136,11 @@ class Waits:
             ear.cancel()
 
 
-async def _hear(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _hear(receive: Receive) -> Message:
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return message
 
 
 # -- headers ---------------------------------------------------------------------------------------------------

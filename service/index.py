@@ -2,6 +2,7 @@
 
     ravine:sessions, ravine:label:KEY:VALUE    sorted sets of the ids of the tenant `default` (ids sort by age)
     ravine:tenant:NAME:sessions, …:label:…     the same of any other tenant
+    ravine:tenants      set of the names of these
     ravine:deadlines    sorted set of "id round" by the time (Unix seconds) at which the round may be closed
 
 All of it lies outside of the sessions' hash tags, so it is kept up beside the scripts. An id is entered before its
@@ -16,6 +17,7 @@ from typing import Any
 # Whose the sessions are that were made without a key.
 DEFAULT_TENANT = "default"
 DEADLINES = "ravine:deadlines"
+TENANTS = "ravine:tenants"
 
 
 def tenant_key(tenant: str, *parts: str) -> str:
@@ -43,7 +45,8 @@ class Index:
 
     async def enter(self, tenant: str, session: str, labels: Iterable[tuple[str, str]]) -> None:
         names = [sessions_key(tenant), *(label_key(tenant, label) for label in labels)]
-        await asyncio.gather(*[self._call("ZADD", name, 0, session) for name in names])
+        known = [] if tenant == DEFAULT_TENANT else [self._call("SADD", TENANTS, tenant)]
+        await asyncio.gather(*known, *[self._call("ZADD", name, 0, session) for name in names])
 
     async def leave(self, tenant: str, session: str, labels: Iterable[tuple[str, str]], *, index: bool = True) -> None:
         names = [*([sessions_key(tenant)] if index else []), *(label_key(tenant, label) for label in labels)]
@@ -55,6 +58,11 @@ class Index:
         start = "+" if after is None else f"({after}"
         reply = await self._read("ZRANGE", name, start, "-", "BYLEX", "REV", "LIMIT", 0, limit)
         return [member.decode() for member in reply]
+
+    async def count(self) -> int:
+        """The sessions of all tenants; those that are only just being made or ended may be among them."""
+        tenants = [DEFAULT_TENANT, *(member.decode() for member in await self._read("SMEMBERS", TENANTS))]
+        return sum(await asyncio.gather(*[self._read("ZCARD", sessions_key(tenant)) for tenant in tenants]))
 
     # Rounds
 

@@ -23,11 +23,14 @@ from core.session import Outcome, Session
 from core.state import State, state_of, tensors_of, workers_of
 from service import tensors as forms
 from service.documents import Document, Point, Stamp
-from service.errors import Corrupt, Fault, InvalidRequest
+from service.errors import Corrupt, Fault, InvalidRequest, UnknownFormat
+from service.records import FORMAT as STORED
 from service.records import Head, LogEntry, Stored
 from service.wire.json import MAX_INTEGER
 
 FORMAT = "1"
+# The kinds of entries that there are in a log.
+KINDS = ("step", "close", "pull", "params", "document")
 # Work on so many elements, or bytes of a body, is done in a thread; on fewer, the hand-over would cost more than it
 # spares. Parameters of so many elements are never changed in place, so that they can be sent without a copy.
 THREADED = 65_536
@@ -103,6 +106,7 @@ class Live:
     points: dict[str, Point] = field(default_factory=dict)
     closed: Closed | None = None
     asked: bool = False  # whether a worker of the open round wants the updates, though the parameters are held
+    safe: str = ""  # the last commit known to be as safe as was asked for
 
     @property
     def stamp(self) -> Stamp:
@@ -201,8 +205,10 @@ class Live:
 
 
 def entry_of(entry: LogEntry, read_document: DocumentReader) -> tuple[Entry, Document | None]:
-    """A log entry as the core takes it, and the new document if it brings one. Raises Corrupt."""
+    """A log entry as the core takes it, and the new document if it brings one. Raises Corrupt, UnknownFormat."""
     text = entry.metadata
+    if text.get("format", STORED) != STORED:
+        raise UnknownFormat("an entry of the log", text["format"], [STORED])
     try:
         match text["kind"]:
             case "step":
@@ -217,7 +223,7 @@ def entry_of(entry: LogEntry, read_document: DocumentReader) -> tuple[Entry, Doc
                 document = read_document(orjson.loads(text["document"]))
                 return NewRecipe(document.recipe), document
             case kind:
-                raise Corrupt(f"the log has an entry of the unknown kind {kind!r}")
+                raise UnknownFormat("an entry of the log", f"kind {kind}", [f"kind {known}" for known in KINDS])
     except (KeyError, ValueError, CoreError) as error:
         raise Corrupt(f"an entry of the log cannot be read: {error}") from None
 
@@ -243,7 +249,7 @@ def _contribution(entry: LogEntry) -> Contribution:
 
 
 def replay(live: Live, entry: LogEntry, read_document: DocumentReader) -> None:
-    """Applies an entry of the log, whoever wrote it. Raises Corrupt, with nothing changed."""
+    """Applies an entry of the log, whoever wrote it. Raises Corrupt, UnknownFormat, with nothing changed."""
     text = entry.metadata
     if text.get("parent") != live.head.commit:
         raise Corrupt(f"entry {text.get('commit')!r} does not follow {live.head.commit!r}")
@@ -364,8 +370,10 @@ def _count(text: str) -> int:
 
 
 def revive(id_: str, stored: Stored, read_document: DocumentReader, evaluator: Evaluator) -> Live:
-    """A session as the store has it. Raises Corrupt."""
+    """A session as the store has it. Raises Corrupt, UnknownFormat."""
     text, head = stored.metadata, stored.head
+    if text.get("ravine", FORMAT) != FORMAT:
+        raise UnknownFormat("the snapshot", text["ravine"], [FORMAT])
     tensors = {name: array for name, array in stored.tensors.items() if not name.startswith(":update:")}
     try:
         created_at = orjson.loads(head.document)["created_at"]

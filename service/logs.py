@@ -5,6 +5,7 @@ made here and written together ten times a second; everything else goes through 
 """
 
 import asyncio
+import re
 import sys
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -12,6 +13,9 @@ from typing import Any, Literal, TextIO
 
 import orjson
 import structlog
+
+# A key that somebody put where none belongs, such as into a path; its id may be told.
+_SECRET = re.compile(r"(rvn_[a-z0-9]{12,32}_)[A-Za-z0-9_-]+")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 FLUSH_SECONDS = 0.1
@@ -32,6 +36,7 @@ def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr) -> Non
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time" if form == "json" else "timestamp"),
             _with_request,
+            _without_secrets,
             structlog.processors.format_exc_info if form == "json" else _as_it_is,
             renderer,
         ],
@@ -48,6 +53,15 @@ def _with_request(_logger: Any, _method: str, event: Any) -> Any:
     if current := request_id.get():
         event["request_id"] = current
     return event
+
+
+def _without_secrets(_logger: Any, _method: str, event: Any) -> Any:
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in event.items()}
+
+
+def without_secrets(text: str) -> str:
+    """`text` with the keys in it made unusable."""
+    return _SECRET.sub(r"\1…", text) if "rvn_" in text else text
 
 
 class AccessLog:
@@ -78,7 +92,7 @@ class AccessLog:
             # A path arrives decoded and may hold line breaks and worse.
             shown = path if path.isprintable() else ascii(path)
             line = f"{moment} {method} {shown} {status} {seconds * 1e3:.1f} ms request_id={request}"
-        self._lines.append(line)
+        self._lines.append(without_secrets(line))
         if not self._scheduled:
             self._scheduled = True
             asyncio.get_running_loop().call_later(FLUSH_SECONDS, self.flush)

@@ -46,8 +46,11 @@ class Operation:
     head: bool = True  # HEAD, where the method is GET
 
 
-STORE: Final = ("store-unavailable", "internal-error")
-SESSION: Final = ("invalid-request", "session-not-found", "state-corrupt", *STORE)
+# What is refused before it is known what call it is.
+HTTP: Final = ("malformed-request", "head-too-large", "overloaded")
+STORE: Final = ("store-unavailable", "internal-error", *HTTP)
+STORED: Final = ("invalid-request", "session-not-found", "state-corrupt", "unknown-format", *STORE)
+SESSION: Final = (*STORED, "state-lost")
 BODY: Final = (
     "unsupported-media-type",
     "malformed-encoding",

@@ -6,16 +6,20 @@ the routes.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeAlias
 
 from service import catalogue, examples
+from service.access.rights import CALLS, Right
 from service.operation import (
     BODY,
+    HTTP,
     JSON,
     SESSION,
     STAMPED,
     STORE,
+    STORED,
     WRITE,
     Answer,
     Content,
@@ -112,7 +116,7 @@ SESSIONS: Final = (
         summary="Delete a session and all of its state.",
         parameters=("Session", "IfMatch"),
         answers={204: Answer("It is gone.")},
-        problems=(*SESSION, "step-conflict"),
+        problems=(*STORED, "step-conflict"),
     ),
     Operation(
         method="POST",
@@ -241,7 +245,7 @@ SERVICE: Final = (
         tag="Operation",
         summary="Whether the process lives.",
         answers={200: Answer("It does.", (in_json("Status", "alive", {"status": "alive"}),))},
-        problems=("invalid-request", "internal-error"),
+        problems=("invalid-request", "internal-error", *HTTP),
     ),
     Operation(
         method="GET",
@@ -252,9 +256,39 @@ SERVICE: Final = (
         answers={200: Answer("It does.", (in_json("Status", "ready", {"status": "ready"}),))},
         problems=("invalid-request", *STORE),
     ),
+    Operation(
+        method="GET",
+        path="/metrics",
+        id="readMetrics",
+        tag="Operation",
+        summary="Read what is measured, as Prometheus does.",
+        description="In OpenMetrics where Accept names `application/openmetrics-text`, else in Prometheus' own text.",
+        answers={
+            200: Answer(
+                "All metrics of this process.",
+                (
+                    Content("text/plain", "Text", {"some of them": examples.METRICS}),
+                    Content("application/openmetrics-text", "Text", {"some of them": examples.OPENMETRICS}),
+                ),
+            )
+        },
+        problems=("invalid-request", "internal-error"),
+    ),
 )
 
-OPERATIONS: Final = (*SESSIONS, *STEPS, *_families(), *SERVICE)
+
+def _guarded(operation: Operation) -> Operation:
+    """With what the gate can refuse before the call is looked at."""
+    right = CALLS[operation.path][operation.method]
+    if right is Right.OPEN:
+        return operation
+    forbidden = ("forbidden",) if right > Right.KEY else ()
+    store = () if "store-unavailable" in operation.problems else ("store-unavailable",)
+    counted = () if operation.path == "/metrics" else ("quota-exceeded",)
+    return replace(operation, problems=(*operation.problems, "unauthenticated", *forbidden, *counted, *store))
+
+
+OPERATIONS: Final = tuple(map(_guarded, (*SESSIONS, *STEPS, *_families(), *SERVICE)))
 
 # Pages for people, and the document itself.
 PAGES: Final = ("/openapi.json", "/docs", "/problems", "/problems/{slug}")

@@ -17,6 +17,14 @@ class Entry(NamedTuple):
 
 
 PROBLEMS: Final[dict[str, Entry]] = {
+    "malformed-request": Entry(
+        400,
+        "What came is not HTTP/1.1",
+        "The request cannot be read in one way alone: its syntax is wrong, its length is told twice, its body is not "
+        "in chunks as it says, or it has no Host or several. The connection is closed.",
+        "Send requests with an HTTP library. Where there is a proxy between, look at what it sends on.",
+        detail="the request is not well-formed HTTP/1.1",
+    ),
     "malformed-json": Entry(
         400,
         "The body is not valid JSON",
@@ -172,6 +180,29 @@ PROBLEMS: Final[dict[str, Entry]] = {
         "Send it again.",
         detail="the request did not arrive in time",
     ),
+    "head-too-large": Entry(
+        431,
+        "The head of the request is too large",
+        "The request line and the headers have more than 64 KiB together, or there are more than 100 headers. The "
+        "connection is closed.",
+        "Send what is large in the body. Cookies and headers that a proxy adds count as well.",
+        detail="the request line and the headers may have 64 KiB together, and there may be 100 headers",
+    ),
+    "unauthenticated": Entry(
+        401,
+        "A valid key is needed",
+        "The call came without a key, or with one that is wrong, revoked or expired. Which of these is not told.",
+        "Send `Authorization: Bearer rvn_…`, once, with a key that the operator has made: `ravine keys create`.",
+        detail="no valid key came with the request",
+    ),
+    "forbidden": Entry(
+        403,
+        "The key is not for this call",
+        "The key is valid, but its scope does not have this call. A key of the scope `worker` contributes to its own "
+        "session and pulls from it; one of the scope `session` has all calls but the operator's.",
+        "Use a key of a wider scope for this call. Scopes do not change: the operator makes another key.",
+        detail="the key's scope does not have this call",
+    ),
     "session-not-found": Entry(
         404,
         "There is no such session",
@@ -241,10 +272,42 @@ PROBLEMS: Final[dict[str, Entry]] = {
         "If-Match names a state that is not the current one: somebody else's step was applied. Nothing was changed.",
         "`step` is where the session stands. Get the parameters, take the gradient there, and send it with their ETag.",
     ),
+    "quota-exceeded": Entry(
+        429,
+        "A quota is used up",
+        "`quota` says which, `limit` how much there may be: sessions, bytes of `state` in all sessions together, "
+        "`requests` under way at once, or requests in a time (`rate`). Nothing was changed.",
+        "Try again after Retry-After seconds; of a rate, `RateLimit` tells how much is left. For `sessions` and "
+        "`state`, delete sessions that are done, or have the operator raise the quota.",
+    ),
+    "overloaded": Entry(
+        503,
+        "The service has too much to do",
+        "More connections, requests, waits or bytes of bodies (`resource`) are under way than the service takes at "
+        "once. Nothing was begun for this request, and nothing was changed.",
+        "Send the same again after Retry-After seconds, and wait longer each time, by a random part of it.",
+    ),
+    "state-lost": Entry(
+        409,
+        "The store lost acknowledged steps",
+        "The session was seen at `acknowledged`, and the store has another past, that leads to `found`: it failed over "
+        "to a replica that had not received everything, or an older copy of it was put back. Nothing goes on until the "
+        "operator has looked.",
+        "Tell the operator, who sees both with `ravine sessions inspect` and lets the session go on from `found` with "
+        "`ravine sessions accept`. Or DELETE it, and restore it from a checkpoint.",
+    ),
+    "unknown-format": Entry(
+        501,
+        "The session is in a format of another release",
+        "A newer release wrote the session, or an entry of its log, in a `format` that this one does not read. It was "
+        "not touched.",
+        "Ask a service of the newer release. `supported` is what this one reads.",
+    ),
     "store-unavailable": Entry(
         503,
         "The store does not answer",
-        "Redis does not answer, so the service cannot tell whether a write took effect.",
+        "Redis does not answer, or its disk or replicas do not where RAVINE_ACK asks for them: the service cannot tell "
+        "whether a write took effect and will last.",
         "Send the same again after Retry-After seconds. With an Idempotency-Key or If-Match no step is applied twice.",
         detail="the store does not answer",
     ),

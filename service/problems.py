@@ -5,6 +5,7 @@ client learns nothing but that it happened. `page_of` and `index` are what a GET
 """
 
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Final
@@ -26,6 +27,9 @@ MEDIA_TYPE: Final = "application/problem+json"
 
 log = structlog.get_logger(__name__)
 
+# The last problem that was told of in this task, which is one request's: what is refused is counted by it.
+refused_as: ContextVar[str] = ContextVar("refused_as", default="")
+
 
 class HTTPError(Exception):
     """What is refused without a look at what was sent."""
@@ -44,7 +48,15 @@ class MethodNotAllowed(HTTPError):
 
 
 class RequestTimeout(HTTPError):
-    """The body did not arrive in time."""
+    """The head or the body did not arrive in time."""
+
+
+class MalformedRequest(HTTPError):
+    """What came is not HTTP/1.1, or could be read in two ways."""
+
+
+class HeadTooLarge(HTTPError):
+    """The request line and the headers are too long, or the headers too many."""
 
 
 SLUGS: Final[dict[type[Exception], str]] = {
@@ -77,16 +89,24 @@ SLUGS: Final[dict[type[Exception], str]] = {
     service.InvalidRequest: "invalid-request",
     service.UnsupportedMedia: "unsupported-media-type",
     service.NotAcceptable: "not-acceptable",
+    service.Unauthenticated: "unauthenticated",
+    service.Forbidden: "forbidden",
     service.SessionNotFound: "session-not-found",
     service.StepConflict: "step-conflict",
+    service.StateLost: "state-lost",
+    service.UnknownFormat: "unknown-format",
     service.NoRounds: "no-rounds",
     service.KeyReused: "key-reused",
+    service.QuotaExceeded: "quota-exceeded",
+    service.Overloaded: "overloaded",
     service.StoreUnavailable: "store-unavailable",
     service.StoreFull: "store-full",
     service.Corrupt: "state-corrupt",
     NotFound: "not-found",
     MethodNotAllowed: "method-not-allowed",
     RequestTimeout: "request-timeout",
+    MalformedRequest: "malformed-request",
+    HeadTooLarge: "head-too-large",
 }
 
 
@@ -141,6 +161,7 @@ def problem_of(error: Exception, instance: str) -> Problem:
 def told(error: Exception, instance: str) -> Problem:
     """The same, without a word in the log."""
     slug = _slug(error)
+    refused_as.set(slug)
     detail = PROBLEMS[slug].detail
     return Problem(slug, str(error) if detail is None else detail, instance, _members(error), _headers(error))
 
@@ -178,17 +199,36 @@ def _limits(error: Exception) -> dict[str, Any]:
             return {"step": error.step}
         case wire.BodyTooLarge():
             return {"limit": error.limit}
+        case service.Overloaded():
+            return {"resource": error.resource}
+        case service.QuotaExceeded():
+            return {"quota": error.quota, "limit": error.standing.limit}
         case service.UnsupportedMedia():
             return {"accepted": error.accepted}
         case service.NotAcceptable():
             return {"offered": error.offered}
+    return _stored(error)
+
+
+def _stored(error: Exception) -> dict[str, Any]:
+    match error:
+        case service.StateLost():
+            return {"acknowledged": error.acknowledged._asdict(), "found": error.found._asdict()}
+        case service.UnknownFormat():
+            return {"format": error.format, "supported": error.supported}
     return {}
 
 
 def _headers(error: Exception) -> dict[str, str]:
     match error:
-        case service.StoreUnavailable():
+        case service.Unauthenticated():
+            return {"WWW-Authenticate": 'Bearer realm="ravine"'}
+        case service.StoreUnavailable() | service.Overloaded():
             return {"Retry-After": str(error.retry_after)}
+        case RequestTimeout() | MalformedRequest() | HeadTooLarge():
+            return {"Connection": "close"}  # where the next request would begin, nobody knows
+        case service.QuotaExceeded():
+            return {"Retry-After": str(error.standing.seconds), **rate_limits([error.standing])}
         case core.TooFarAhead():
             return {"Retry-After": "1"}
         case service.UnsupportedMedia():
@@ -198,6 +238,16 @@ def _headers(error: Exception) -> dict[str, str]:
         case MethodNotAllowed():
             return {"Allow": ", ".join(error.allowed)}
     return {}
+
+
+def rate_limits(standings: Sequence[service.Standing]) -> dict[str, str]:
+    """The fields of draft-ietf-httpapi-ratelimit-headers-10, which are structured ones (RFC 9651)."""
+    policies, limits = [], []
+    for name, limit, left, seconds, window, unit in standings:
+        rate = "" if window is None else f";w={window}"
+        policies.append(f'"{name}";q={limit}' + (rate if unit is None else f'{rate};qu="{unit}"'))
+        limits.append(f'"{name}";r={left}' + (f";t={seconds}" if rate else ""))
+    return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(limits)}
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,10 @@
 An entry of the log is a file of its tensors with the rest as text in `__metadata__`; a large one says in
 `payload` how many chunks of its own hold the tensors' file. Nothing read back is trusted: length, checksum and form
 are checked, and Corrupt is raised where they do not hold.
+
+What is stored has a format: the head says so in `format`, an entry in `format` of its text, and both are silent where
+it is the first. A release that comes to write another one gives the session a new commit with it, so that every service
+that has it in memory looks; one that does not know the format refuses the session, whatever it is asked for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,12 +18,16 @@ import orjson
 import xxhash
 
 from core.layout import Array
-from service.errors import Corrupt
+from service.documents import Stamp, now
+from service.errors import Corrupt, Place, StateLost, UnknownFormat
 from service.index import DEFAULT_TENANT
 from service.link import Argument
 from service.wire import safetensors
 from service.wire.errors import WireError
 
+FORMAT = "1"
+# Before the commit of a head that is lost: no memory stands there.
+LOST = "lost:"
 INLINE = 64 * 1024
 CHUNK = 4 * 1024 * 1024
 
@@ -66,9 +74,31 @@ class LogEntry(NamedTuple):
     chunks: int
 
 
+class Known(NamedTuple):
+    """Where a service saw a session stand, after entry `seq`; `step` and `mark` are what clients were told."""
+
+    seq: int
+    commit: str
+    epoch: int
+    step: int
+    mark: str
+
+
+class Lost(NamedTuple):
+    """Where a session was known to stand, by a service that then found it elsewhere; `at` is RFC 3339."""
+
+    seq: int
+    step: int
+    mark: str
+    at: str
+
+
 @dataclass(slots=True)
 class Head:
-    """Where a session stands in the store. `mark` is the last commit that changed what a client can see."""
+    """Where a session stands in the store. `mark` is the last commit that changed what a client can see.
+
+    `lost`: the store went back, and nobody has accepted it yet. `epoch` is how often somebody has.
+    """
 
     commit: str
     mark: str
@@ -84,13 +114,22 @@ class Head:
     updated_at: str
     skipped: int
     tenant: str = DEFAULT_TENANT
+    lost: Lost | None = None
+    epoch: int = 0
+
+    @property
+    def known(self) -> Known:
+        return Known(self.seq, self.commit, self.epoch, self.step, self.mark)
 
 
 class Tail(NamedTuple):
-    """A head, and the entries after the one asked for; None where the log has been cut since."""
+    """A head, and the entries after the one asked for; None where the log has been cut since. `on_line`: whether the
+    place that was asked about is a part of the session's past, as far back as the store knows it.
+    """
 
     head: Head
     entries: list[LogEntry] | None
+    on_line: bool
 
 
 class Stored(NamedTuple):
@@ -100,6 +139,7 @@ class Stored(NamedTuple):
     metadata: dict[str, str]
     tensors: dict[str, Array]
     entries: list[LogEntry]
+    on_line: bool = True
 
 
 def flatten(fields: Mapping[str, Argument]) -> list[Argument]:
@@ -119,6 +159,24 @@ def element_of(item: LogItem) -> bytes:
 def commit_mark(commit: str) -> str:
     """What the element of the entry `commit`, and of no other, has in its text."""
     return orjson.dumps({"commit": commit})[1:-1].decode()
+
+
+def parent_mark(commit: str) -> str:
+    """What the element of the entry that follows `commit`, and of no other, has in its text."""
+    return orjson.dumps({"parent": commit})[1:-1].decode()
+
+
+def lost_text(known: Known, found: Head) -> bytes:
+    """What the head of a lost session says: where it was known to stand, and where it was found."""
+    stands = {"step": found.step, "commit": found.mark, "seq": found.seq}
+    return orjson.dumps({"step": known.step, "commit": known.mark, "seq": known.seq, "at": now(), "found": stands})
+
+
+def state_lost(session: str, found: Head, known: Known | Lost | None = None) -> StateLost:
+    """The refusal of a session that was found at `found`: seen at `known`, else where the head itself says."""
+    seen = known or found.lost or found.known
+    places = [Place(step, Stamp(step, mark).etag) for step, mark in ((seen.step, seen.mark), (found.step, found.mark))]
+    return StateLost(session, *places)
 
 
 def chunks_of(pieces: Pieces) -> Iterable[bytes | memoryview]:
@@ -156,10 +214,12 @@ def head_of(reply: Any) -> Head | None:
         return None
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     fields = {name.decode(): value for name, value in pairs}
+    if fields.get("format", FORMAT.encode()) != FORMAT.encode():
+        raise UnknownFormat("the session", fields["format"].decode(errors="replace"), [FORMAT])
     try:
         return Head(
             commit=fields["commit"].decode(),
-            mark=fields.get("mark", fields["commit"]).decode(),
+            mark=fields.get("mark", fields["commit"]).decode().removeprefix(LOST),
             step=int(fields["step"]),
             seq=int(fields["seq"]),
             base=int(fields["base"]),
@@ -172,9 +232,24 @@ def head_of(reply: Any) -> Head | None:
             updated_at=fields["time"].decode(),
             skipped=int(fields["skipped"]),
             tenant=fields.get("tenant", DEFAULT_TENANT.encode()).decode(),
+            lost=_lost(fields["lost"]) if "lost" in fields else None,
+            epoch=int(fields.get("epoch", b"0")),
         )
     except (KeyError, ValueError) as error:
         raise Corrupt(f"the head of a session is not what was put there: {error}") from None
+
+
+def readable(reply: Any) -> Head | UnknownFormat | None:
+    """The head, or why it cannot be read. Raises Corrupt."""
+    try:
+        return head_of(reply)
+    except UnknownFormat as unknown:
+        return unknown
+
+
+def _lost(text: bytes) -> Lost:
+    said = orjson.loads(text)
+    return Lost(said["seq"], said["step"], said["commit"], said["at"])
 
 
 def assemble(replies: Sequence[bytes], length: int, checksum: str, name: str) -> bytes | memoryview:

@@ -14,7 +14,7 @@ from core.layout import Array, Layout
 from service.documents import Applied, Event, Pending, Point, Stamp
 from service.errors import StepConflict
 from service.http import MEDIA_TYPES, Format, Piece, Reply
-from service.problems import RequestTimeout, problem_of
+from service.problems import problem_of
 from service.wire import json, safetensors
 
 SMALL: Final = 1 << 16  # elements
@@ -124,8 +124,6 @@ def refusal(error: Exception, path: str) -> Reply:
     headers = problem.headers
     if isinstance(error, StepConflict):
         headers += stamped(Stamp(error.step, error.commit))
-    if isinstance(error, RequestTimeout):
-        headers.append((b"connection", b"close"))  # the rest of the body may never come
     return Reply(problem.status, headers, [problem.body_bytes()])
 
 

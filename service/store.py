@@ -10,7 +10,8 @@ before it is used.
     ravine:{ses_…}:s:SNAP:I      the snapshot, in chunks
     ravine:{ses_…}:p:COMMIT:I    the payload of a large entry, in chunks
     ravine:{ses_…}:t:TOKEN:I     chunks on their way; they expire
-    ravine:{ses_…}:blobs         set of the names of all payload chunks
+    ravine:{ses_…}:blobs         set of the names of all payload chunks, and of the trail
+    ravine:{ses_…}:trail         list of the commits of the last 10,000 entries that were cut off the log
 
 What is not of one session (the lists of sessions, the deadlines of rounds) is in index.py.
 
@@ -24,19 +25,24 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Literal
 
 import redis.asyncio as aioredis
 import xxhash
 from redis.exceptions import NoScriptError, RedisError
 
-from service.errors import Corrupt, StoreUnavailable
+from service.access.keys import Keyring
+from service.acks import Asked, barrier_of
+from service.errors import Corrupt, StoreFull, StoreUnavailable, UnknownFormat
 from service.failpoints import Failpoints
-from service.index import DEADLINES, Index
-from service.link import HEAVY, Argument, ClusterLink, Link, SingleLink
+from service.index import DEADLINES, DEFAULT_TENANT, Index
+from service.link import HEAVY, Argument, ClusterLink, Link, SingleLink, tried
+from service.meters import StoreMeters
 from service.records import (
     INLINE,
     Head,
+    Known,
     LogEntry,
     LogItem,
     Pieces,
@@ -49,15 +55,20 @@ from service.records import (
     element_of,
     flatten,
     head_of,
+    lost_text,
+    parent_mark,
     parse,
+    readable,
+    state_lost,
 )
 from service.wire import safetensors
 
 STAGED_SECONDS = 120
 NO_FAILPOINTS = Failpoints()
+MEMORY = Asked()
 # What keeps two replicas from appending to one commit.
 _HEAD_CHECK = "if head ~= ARGV[1] then return {'STALE'} end"
-_SCRIPTS = ("commit", "snapshot", "delete", "load", "history", "skip")
+_SCRIPTS = ("commit", "snapshot", "delete", "load", "history", "skip", "lose", "accept", "confirm")
 
 Outcome = Literal["OK", "STALE", "GONE"]
 
@@ -67,30 +78,41 @@ def key(session: str, *parts: str | int) -> str:
 
 
 class Store:
-    """`patience` is how many seconds a read goes on trying while the store is away."""
+    """`patience` is how many seconds a read goes on trying while the store is away, `asked` what is waited for before
+    a change counts as done.
+    """
 
-    def __init__(self, url: str, patience: float = 2.0, failpoints: Failpoints = NO_FAILPOINTS) -> None:
+    def __init__(
+        self, url: str, patience: float = 2.0, failpoints: Failpoints = NO_FAILPOINTS, asked: Asked = MEMORY
+    ) -> None:
         self._url = url
+        self._asked = asked
+        self.durable = asked.ack != "memory"
+        self._scattered = False  # durable, and what is not of one session lies on other servers
         self._patience = patience
         self._failpoints = failpoints
         self._link: Link | None = None
         self._scripts: dict[str, tuple[str, str]] = {}  # name -> (sha, text)
         self.pubsub_client: Any = None
-        self.index = Index(lambda *command: self.link.call(*command), self._read)
+        self.meters = StoreMeters()
+        self.index = Index(lambda *command: self.link.call(*command, durable=self._scattered), self._read)
+        self.keyring = Keyring(lambda *command: self.link.call(*command), self._read)
 
     # Connecting
 
     async def open(self) -> None:
-        """Raises StoreUnavailable."""
+        """Raises StoreUnavailable, and AckImpossible where the store cannot give what is to be waited for."""
         name = f"ravine:{os.getpid()}"
         single = aioredis.Redis.from_url(self._url, protocol=2, client_name=name, single_connection_client=True)
         try:
             mode = (await single.info("cluster")).get("cluster_enabled", 0)
+            barrier = await barrier_of(self._asked, single.execute_command)
         except (RedisError, OSError) as error:
             raise StoreUnavailable(f"the store does not answer: {error}") from None
         finally:
             await single.aclose()
-        self._link = ClusterLink(self._url) if mode else SingleLink(self._url, name)
+        self._link = ClusterLink(self._url, barrier=barrier) if mode else SingleLink(self._url, name, barrier=barrier)
+        self._scattered = self.durable and bool(mode)
         self.pubsub_client = (
             self._link.client
             if isinstance(self._link, ClusterLink)
@@ -101,6 +123,8 @@ class Store:
             if script == "commit" and self._failpoints.armed("blind"):
                 text = text.replace(_HEAD_CHECK, "")
             self._scripts[script] = (hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest(), text)
+        if self.durable:
+            await tried(self._link, self._asked.ack)
 
     async def close(self) -> None:
         if self._link is not None:
@@ -120,16 +144,33 @@ class Store:
             await self.link.call("EXISTS", DEADLINES)
 
     async def _script(
-        self, name: str, keys: Sequence[str], arguments: Sequence[Argument], *, alone: bool = False
+        self,
+        name: str,
+        keys: Sequence[str],
+        arguments: Sequence[Argument],
+        *,
+        alone: bool = False,
+        durable: bool = False,
     ) -> Any:
         sha, text = self._scripts[name]
+        rest = (len(keys), *keys, *arguments)
         try:
-            return await self.link.call("EVALSHA", sha, len(keys), *keys, *arguments, alone=alone)
+            return await self._timed(name, self.link.call("EVALSHA", sha, *rest, alone=alone, durable=durable))
         except NoScriptError:
-            return await self.link.call("EVAL", text, len(keys), *keys, *arguments, alone=alone)
+            return await self._timed(name, self.link.call("EVAL", text, *rest, alone=alone, durable=durable))
 
     async def _read(self, *command: Argument, alone: bool = False) -> Any:
-        return await self._patiently(lambda: self.link.call(*command, alone=alone))
+        return await self._patiently(lambda: self._timed("read", self.link.call(*command, alone=alone)))
+
+    async def _timed(self, call: str, reply: Awaitable[Any]) -> Any:
+        started = perf_counter()
+        try:
+            return await reply
+        except (StoreUnavailable, StoreFull):
+            self.meters.failed(call)
+            raise
+        finally:
+            self.meters.answered(call, started)
 
     async def _patiently(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
         """A read may be repeated, so a store that comes back soon is waited for."""
@@ -148,7 +189,8 @@ class Store:
     async def append(self, session: str, parent: str, items: Sequence[LogItem]) -> Outcome:
         """Appends `items` if the head still is `parent`.
 
-        Raises StoreUnavailable where it is unknown whether it did (see `landed`), StoreFull where it did not.
+        Raises StoreUnavailable where it is unknown whether it did (see `landed`), Unconfirmed where it did and may yet
+        be lost, StoreFull where it did not.
         """
         await self._failpoints.reach("before-append")
         elements: list[Argument] = []
@@ -172,14 +214,16 @@ class Store:
         arguments += [key(session), _message(items, step, last), *elements, *records, *flatten(fields)]
         if temporary:
             await self._failpoints.reach("after-staging")
-        reply = (await self._script("commit", keys, arguments))[0]
+        reply = (await self._script("commit", keys, arguments, durable=True))[0]
         await self._failpoints.reach("after-append")
         if reply == b"LOST":  # the chunks expired on the way; they are put there again
             for item in items:
                 item.staged = None
             return await self.append(session, parent, items)
         outcome = _outcome(reply)
-        if outcome != "OK":
+        if outcome == "OK":
+            self.meters.appended([item.size for item in items])
+        else:
             self._drop(temporary)
         return outcome
 
@@ -199,7 +243,8 @@ class Store:
         sent: list[Awaitable[Any]] = []
         for i, chunk in enumerate(chunks):
             digest.update(chunk)
-            sent.append(self.link.call("SET", key(session, "t", token, i), chunk, "EX", STAGED_SECONDS))
+            put = self.link.call("SET", key(session, "t", token, i), chunk, "EX", STAGED_SECONDS)
+            sent.append(self._timed("stage", put))
         results = await asyncio.gather(*sent, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -223,10 +268,14 @@ class Store:
         tail = await self.tail(session, after)
         if tail is None:
             return "GONE"
+        if tail.head.lost is not None:
+            raise state_lost(session, tail.head)
         if tail.entries is not None:
             found = any(entry.metadata.get("commit") == commit for entry in tail.entries)
             return "OK" if found else "STALE"
-        # The log was cut since: the history names the commits of the steps.
+        # The log was cut since: the trail names the commits of the entries, the history those of the steps.
+        if commit.encode() in await self._read("LRANGE", key(session, "trail"), 0, -1):
+            return "OK"
         lines = await self._read("LRANGE", key(session, "history"), 0, -1)
         if any(commit.encode() in line for line in lines):
             return "OK"
@@ -246,7 +295,7 @@ class Store:
         """
         names = [key(session, "s", old.snap, i) for i in range(old.chunks)]
         names += [key(session, "p", commit, i) for commit, count in gone for i in range(count)]
-        return await self._put_snapshot(session, old, names, seq, snap, pieces, {})
+        return await self._put_snapshot(session, old, names, seq, snap, pieces, {}, [commit for commit, _ in gone])
 
     async def _put_snapshot(
         self,
@@ -257,6 +306,7 @@ class Store:
         snap: str,
         pieces: Pieces,
         fields: Mapping[str, Argument],
+        trail: Sequence[str] = (),
     ) -> Outcome:
         length = safetensors.nbytes(pieces)
         inline, staged = b"", None
@@ -266,18 +316,22 @@ class Store:
         else:
             staged = await self._stage(session, pieces)
             checksum, count = staged.checksum, staged.chunks
-        keys = [key(session, part) for part in ("head", "log", "blobs")]
+        keys = [key(session, part) for part in ("head", "log", "blobs", "trail")]
         if staged is not None:
             keys += [key(session, "t", staged.token, i) for i in range(staged.chunks)]
             keys += [key(session, "s", snap, i) for i in range(staged.chunks)]
         described = {"snap": snap, "chunks": count, "length": length, "checksum": checksum, **fields}
         arguments: list[Argument] = ["" if old is None else old.snap, seq, 0 if staged is None else staged.chunks]
         arguments += [inline, key(session, "s", snap, 0), "" if old is None else commit_mark(old.commit)]
-        reply = (await self._script("snapshot", [*keys, *gone], [*arguments, *flatten(described)]))[0]
+        arguments += [len(trail), *trail]
+        arguments += flatten(described)
+        reply = (await self._script("snapshot", [*keys, *gone], arguments, durable=old is None))[0]
         if reply == b"LOST":
-            return await self._put_snapshot(session, old, gone, seq, snap, pieces, fields)
+            return await self._put_snapshot(session, old, gone, seq, snap, pieces, fields, trail)
         outcome = _outcome(reply)
-        if outcome != "OK" and staged is not None:
+        if outcome == "OK":
+            self.meters.snapshot(length)
+        elif staged is not None:
             self._drop([key(session, "t", staged.token, i) for i in range(staged.chunks)])
         return outcome
 
@@ -285,8 +339,25 @@ class Store:
         """Removes all keys of a session if it still stands at `commit` (None: wherever it stands)."""
         keys = [key(session, part) for part in ("head", "log", "history", "blobs")]
         keys += [key(session, "s", head.snap, i) for i in range(head.chunks)]
-        reply = await self._script("delete", keys, [head.snap, commit or "", key(session), f"deleted {head.step} -"])
-        return _outcome(reply[0])
+        arguments: list[Argument] = [head.snap, commit or "", key(session), f"deleted {head.step} -"]
+        return _outcome((await self._script("delete", keys, arguments, durable=True))[0])
+
+    async def confirm(self, session: str, commit: str | None) -> Outcome:
+        """Makes sure that `commit`, if the session still stands there (None: wherever it stands), and all before it are
+        as safe as was asked for. Raises Unconfirmed where they are not.
+        """
+        return _outcome((await self._script("confirm", [key(session, "head")], [commit or ""], durable=True))[0])
+
+    async def lose(self, session: str, known: Known, found: Head) -> Outcome:
+        """Marks the session as lost, if it still is as `found`: it was `known` to stand elsewhere."""
+        arguments: list[Argument] = [found.commit, found.seq, lost_text(known, found), known.seq, known.epoch]
+        arguments += [key(session), f"lost {found.step} {found.mark}"]
+        return _outcome((await self._script("lose", [key(session, "head")], arguments))[0])
+
+    async def accept(self, session: str, found: Head) -> Outcome:
+        """Lets a session that is lost go on from where it was `found`, if it still is."""
+        arguments: list[Argument] = [found.commit, key(session), f"accepted {found.step} {found.mark}"]
+        return _outcome((await self._script("accept", [key(session, "head")], arguments))[0])
 
     async def count_skipped(self, session: str) -> None:
         """Counts a gradient that was skipped; the session stays where it is, and what is not there is not made."""
@@ -303,30 +374,47 @@ class Store:
         reply = await self._read("HGETALL", key(session, "head"))
         return head_of(reply)
 
-    async def heads(self, sessions: Sequence[str]) -> list[Head | None]:
-        return list(await asyncio.gather(*[self.head(session) for session in sessions]))
+    async def heads(self, sessions: Sequence[str]) -> list[Head | UnknownFormat | None]:
+        found = await asyncio.gather(*[self._read("HGETALL", key(session, "head")) for session in sessions])
+        return [readable(reply) for reply in found]
 
-    async def tail(self, session: str, after: int) -> Tail | None:
-        """The head and the entries after sequence number `after` (-1: all); None: no such session."""
-        keys = [key(session, "head"), key(session, "log")]
+    async def standing(self, sessions: Sequence[str]) -> list[tuple[str, int] | None]:
+        """Commit and epoch at which each stands now; None where there is no such session."""
+        asked = [self._read("HMGET", key(session, "head"), "commit", "epoch") for session in sessions]
+        replies = await asyncio.gather(*asked)
+        return [None if commit is None else (commit.decode(), int(epoch or 0)) for commit, epoch in replies]
+
+    async def tenant_of(self, session: str) -> str | None:
+        """Whose the session is, of whatever format it is; None: no such session."""
+        commit, tenant = await self._read("HMGET", key(session, "head"), "commit", "tenant")
+        return None if commit is None else (tenant or DEFAULT_TENANT.encode()).decode()
+
+    async def tail(self, session: str, after: int, known: Known | None = None) -> Tail | None:
+        """The head and the entries after sequence number `after` (-1: all, -2: none); None: no such session.
+
+        Of a place that is `known` it says whether it is on the session's line: not if the store went back.
+        """
+        keys = [key(session, part) for part in ("head", "log", "trail")]
+        place: list[Argument] = ["", "", ""] if known is None else [known.seq, known.commit, parent_mark(known.commit)]
         missed = ""
         while True:
-            reply = await self._patiently(lambda: self._script("load", keys, [after], alone=True))
+            reply = await self._patiently(lambda: self._script("load", keys, [after, *place], alone=after >= -1))
             head = head_of(reply[0]) if reply else None
             if head is None:
                 return None
-            if len(reply) == 1:
-                return Tail(head, None)
+            on_line = reply[1] == b"on"
+            if len(reply) == 2:
+                return Tail(head, None, on_line)
             try:
-                return Tail(head, [await self._entry(session, element) for element in reply[1]])
+                return Tail(head, [await self._entry(session, element) for element in reply[2]], on_line)
             except _CutMeanwhile as missing:
                 missed = _again(missing, head, missed)
 
-    async def load(self, session: str) -> Stored | None:
+    async def load(self, session: str, known: Known | None = None) -> Stored | None:
         """A session's snapshot and log as of one moment; None: no such session. Raises Corrupt."""
         missed = ""
         while True:
-            tail = await self.tail(session, -1)
+            tail = await self.tail(session, -1, known)
             if tail is None or tail.entries is None:
                 return None
             head = tail.head
@@ -337,7 +425,8 @@ class Store:
                 missed = _again(missing, head, missed)
                 continue
             tensors, metadata = parse(data)
-            return Stored(head, metadata, tensors, tail.entries)
+            self.meters.loads += 1
+            return Stored(head, metadata, tensors, tail.entries, tail.on_line)
 
     async def _entry(self, session: str, element: bytes) -> LogEntry:
         tensors, metadata = parse(element)

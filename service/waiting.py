@@ -10,6 +10,7 @@ import orjson
 from service.bell import Bell
 from service.documents import Event, Stamp
 from service.errors import SessionNotFound, StoreUnavailable
+from service.heads import Heads
 from service.store import Store, key
 
 # A waiter looks by itself every so often, since a message may be missed.
@@ -19,8 +20,9 @@ LOOK = 2.0
 class Waiting:
     """`start` before use, `stop` in the end."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, heads: Heads) -> None:
         self._store = store
+        self._heads = heads
         self._bell: Bell | None = None
 
     def start(self) -> None:
@@ -38,9 +40,7 @@ class Waiting:
         return self._bell
 
     async def _stamp(self, id_: str) -> Stamp:
-        head = await self._store.head(id_)
-        if head is None:
-            raise SessionNotFound(id_)
+        head = await self._heads.head(id_)
         return Stamp(head.step, head.mark)
 
     async def wait(self, id_: str, after: int, seconds: float) -> bool:

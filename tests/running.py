@@ -53,7 +53,7 @@ class Server:
         deadline = time.monotonic() + START_SECONDS
         started = self.log.stat().st_size if self.url else 0
         while time.monotonic() < deadline:
-            found = re.findall(r"Ravine listens on (http://\S+)", self.log.read_text()[started:])
+            found = re.findall(r"Ravine listens on (https?://\S+)", self.log.read_text()[started:])
             if found:
                 return str(found[-1])
             if self.process is None or self.process.poll() is not None:

@@ -19,13 +19,14 @@ CORE_PACKAGES = {"numpy", "annotated_types", "numba"}
 CORE = {"core", "core.*"}
 WIRE = {"service.wire", "service.wire.*"}
 # What both planes have of HTTP and its documents.
-HTTP = {"service.http", "service.problems", "service.problem_table"}
+HTTP = {"service.bodies", "service.http", "service.problems", "service.problem_table"}
 # The document that describes all calls, and the pages that show it.
 REFERENCE = {
     "service.catalogue",
     "service.examples",
     "service.operation",
     "service.operations",
+    "service.components",
     "service.openapi",
     "service.reference",
 }
@@ -37,7 +38,10 @@ LAYERS: dict[str, set[str]] = {
     # What stands alone
     "service": set(),
     "service.errors": CORE,
-    "service.settings": set(),
+    "service.settings": {"service.access.rates", "service.tracing"},
+    "service.meters": set(),
+    "service.metrics": {"service.errors", "service.meters"},
+    "service.tracing": {"service.meters"},
     "service.logs": {"service.settings"},
     "service.pages": set(),
     "service.bell": set(),
@@ -57,13 +61,29 @@ LAYERS: dict[str, set[str]] = {
     | {"service.errors", "service.documents", "service.faults", "service.kinds", "service.privacy"},
     "service.tensors": CORE | WIRE,
     # Redis
-    "service.link": CORE | {"service.errors"},
+    "service.acks": set(),
+    "service.link": CORE | {"service.acks", "service.errors"},
     "service.failpoints": set(),
     "service.index": set(),
-    "service.records": CORE | WIRE | {"service.errors", "service.index", "service.link"},
+    "service.access": set(),
+    "service.access.rights": {"service.index"},
+    "service.access.keys": {"service.access.rights"},
+    "service.records": CORE | WIRE | {"service.errors", "service.documents", "service.index", "service.link"},
     "service.store": CORE
     | WIRE
-    | {"service.errors", "service.failpoints", "service.index", "service.link", "service.records"},
+    | {"service.access.keys", "service.errors", "service.failpoints", "service.index", "service.link"}
+    | {"service.acks", "service.meters"}
+    | {"service.records"},
+    # What each tenant has and may have
+    "service.access.script": {"service.link"},
+    "service.access.usage": CORE
+    | WIRE
+    | {"service.access.script", "service.errors", "service.index", "service.link", "service.records"},
+    "service.tenants": CORE
+    | {"service.access.usage", "service.errors", "service.ids", "service.records", "service.store"},
+    "service.access.rates": set(),
+    "service.access.quotas": {"service.admission", "service.errors", "service.http", "service.problems"}
+    | {f"service.access.{name}" for name in ("rates", "rights", "script")},
     # Sessions that live: nothing of HTTP
     "service.live": CORE
     | WIRE
@@ -77,21 +97,30 @@ LAYERS: dict[str, set[str]] = {
     # What goes on beside the changes: rounds that are over, snapshots, those who wait, those who look
     "service.deadlines": CORE | {"service.errors", "service.index", "service.store"},
     "service.snapshots": CORE | WIRE | {"service.errors", "service.live", "service.records", "service.store"},
-    "service.waiting": {"service.bell", "service.errors", "service.documents", "service.store"},
+    "service.heads": {"service.errors", "service.live", "service.records", "service.store"},
+    "service.residents": {"service.errors", "service.heads", "service.live", "service.records", "service.store"},
+    "service.waiting": {"service.bell", "service.errors", "service.documents", "service.heads", "service.store"},
     "service.crowd": CORE | {"service.errors", "service.live", "service.privacy"},
     "service.commits": CORE
     | {"service.errors", "service.documents", "service.live", "service.records", "service.store", "service.privacy"}
-    | {"service.answers", "service.changes", "service.entries", "service.deadlines"},
+    | {"service.answers", "service.changes", "service.entries", "service.deadlines", "service.tracing"}
+    | {"service.heads"},
     "service.objects": {"service.documents", "service.records"},
     "service.engine": CORE
     | WIRE
     | {"service.errors", "service.documents", "service.ids", "service.index", "service.live", "service.records"}
     | {"service.objects", "service.store", "service.answers", "service.changes", "service.commits", "service.crowd"}
-    | {"service.deadlines", "service.snapshots", "service.waiting"},
+    | {"service.deadlines", "service.snapshots", "service.waiting", "service.tenants", "service.access.usage"}
+    | {"service.tracing", "service.residents"},
     # What a client sees
     "service.problem_table": set(),
     "service.problems": CORE | WIRE | {"service.errors", "service.pages", "service.problem_table"},
-    "service.http": WIRE | {"service.errors", "service.documents", "service.problems"},
+    "service.admission": {"service.errors"},
+    "service.bodies": WIRE | {"service.admission", "service.errors", "service.problems"},
+    "service.protocol": {"service.admission", "service.problems"},
+    "service.http": WIRE
+    | {"service.admission", "service.bodies"}
+    | {"service.errors", "service.documents", "service.problems"},
     "service.contributions": CORE | WIRE | {"service.errors", "service.http", "service.tensors"},
     "service.replies": CORE | WIRE | HTTP | {"service.errors", "service.documents"},
     "service.catalogue": CORE | {"service.kinds", "service.schemas"},
@@ -101,24 +130,34 @@ LAYERS: dict[str, set[str]] = {
     "service.listing": {"service.catalogue"},
     "service.operation": set(),
     "service.step_operations": {"service.examples", "service.operation"},
-    "service.operations": {"service.catalogue", "service.examples", "service.operation", "service.step_operations"},
-    "service.openapi": CORE | REFERENCE | HTTP | {"service.kinds", "service.schemas"},
+    "service.operations": {
+        *("service.access.rights", "service.catalogue", "service.examples", "service.operation"),
+        "service.step_operations",
+    },
+    "service.components": {"service.examples", "service.operation"},
+    "service.openapi": CORE | REFERENCE | HTTP | {"service.access.rights", "service.kinds", "service.schemas"},
     "service.reference": {"service.openapi", "service.pages", "service.problems"},
+    # Before the planes
+    "service.access.gate": HTTP | {"service.errors", "service.access.keys", "service.access.rights"},
     # The planes
     "service.control": CORE
     | WIRE
     | HTTP
     | REFERENCE
-    | {"service.errors", "service.documents", "service.schemas", "service.pages", "service.engine"},
+    | {"service.errors", "service.documents", "service.schemas", "service.pages", "service.engine"}
+    | {"service.access.rights", "service.metrics"},
     "service.data": CORE
     | REFERENCE
     | WIRE
     | HTTP
-    | {"service.errors", "service.documents", "service.contributions", "service.replies", "service.engine"},
+    | {"service.errors", "service.documents", "service.contributions", "service.replies", "service.engine"}
+    | {"service.access.rights"},
     # The one place that constructs things, and what starts it
     "service.app": {"core", "core.*", "service", "service.*"},
     "service.cli": {
         "service",
+        "service.admission",
+        "service.protocol",
         "service.memory",
         "service.listing",
         "service.app",
@@ -126,6 +165,26 @@ LAYERS: dict[str, set[str]] = {
         "service.logs",
         "service.embedded",
         "service.errors",
+        "service.commands.*",
+    },
+    # What the command line does beside `serve`
+    "service.commands": set(),
+    "service.commands.options": {"service.settings"},
+    "service.commands.backup": {
+        *("service.commands.opened", "service.commands.options", "service.errors", "service.settings"),
+        *("service.store", "service.valkey"),
+    },
+    "service.commands.keys": {
+        *("service.access.keys", "service.access.rates", "service.access.rights", "service.commands.*"),
+        *("service.errors", "service.ids", "service.index", "service.settings"),
+    },
+    "service.inspection": {"service.documents", "service.errors", "service.records", "service.store"},
+    "service.commands.sessions": {
+        *("service.commands.opened", "service.commands.options", "service.errors", "service.ids", "service.index"),
+        *("service.inspection", "service.records", "service.settings"),
+    },
+    "service.commands.opened": {
+        *("service.embedded", "service.errors", "service.settings", "service.store", "service.valkey")
     },
     "service.__main__": {"service.cli"},
 }

@@ -35,10 +35,11 @@ _ZSTD_INPUT: Final = 1 << 8
 _ZSTD_WINDOW: Final = 8 << 20
 
 
-def inflate(encoding: str, body: Body, limit: int) -> Body:
+def inflate(encoding: str, body: Body, limit: int, claim: Callable[[int], None] | None = None) -> Body:
     """Return `body` without its content coding, which is one of `ENCODINGS` in lower case.
 
-    With `identity` this is `body` itself. Raises BodyTooLarge when the result would have more than `limit`
+    With `identity` this is `body` itself. `claim` is told how much the result grew by, in bytes, before it does, and
+    may end it by whatever it raises. Raises BodyTooLarge when the result would have more than `limit`
     bytes, MalformedEncoding when the data is corrupt, cut short or followed by something else, and LookupError
     for any other `encoding`.
     """
@@ -47,28 +48,48 @@ def inflate(encoding: str, body: Body, limit: int) -> Body:
             raise BodyTooLarge(limit)
         return body
     if encoding == "gzip":
-        return _members(_gzip_member, memoryview(body), limit)
+        return _members(_gzip_member, memoryview(body), _Grown(limit, claim))
     if encoding == "zstd":
-        return _members(_zstd_frame, memoryview(body), limit)
+        return _members(_zstd_frame, memoryview(body), _Grown(limit, claim))
     raise LookupError(f"no content coding {encoding!r}")
 
 
-def _members(member: Callable[[memoryview, bytearray, int], int], body: memoryview, limit: int) -> bytearray:
-    out = bytearray()
+def _members(member: Callable[[memoryview, _Grown], int], body: memoryview, out: _Grown) -> bytearray:
     for _ in range(MAX_MEMBERS):
-        body = body[member(body, out, limit) :]
+        body = body[member(body, out) :]
         if not body:
-            return out
+            out.tell()
+            return out.body
     raise MalformedEncoding(f"the compressed body has more than {MAX_MEMBERS} members")
 
 
-def _append(out: bytearray, piece: bytes, limit: int) -> None:
-    if len(out) + len(piece) > limit:
-        raise BodyTooLarge(limit)
-    out += piece
+class _Grown:
+    """The result so far. `claim` is told of every CHUNK, not of each of the many small pieces that zstd gives."""
+
+    __slots__ = ("_claim", "_limit", "_told", "body")
+
+    def __init__(self, limit: int, claim: Callable[[int], None] | None) -> None:
+        self._limit = limit
+        self._claim = claim
+        self._told = 0
+        self.body = bytearray()
+
+    def append(self, piece: bytes) -> None:
+        size = len(self.body) + len(piece)
+        if size > self._limit:
+            raise BodyTooLarge(self._limit)
+        if size - self._told >= CHUNK:
+            self.tell(size)
+        self.body += piece
+
+    def tell(self, size: int | None = None) -> None:
+        size = len(self.body) if size is None else size
+        if self._claim is not None:
+            self._claim(size - self._told)
+        self._told = size
 
 
-def _gzip_member(body: memoryview, out: bytearray, limit: int) -> int:
+def _gzip_member(body: memoryview, out: _Grown) -> int:
     """Inflate the member at the start of `body` onto `out`; return its length."""
     inflater = zlib.decompressobj(_GZIP_WINDOW)
     fed = 0
@@ -84,11 +105,11 @@ def _gzip_member(body: memoryview, out: bytearray, limit: int) -> int:
         # Input may be used up while output still waits inside zlib: only both missing means the end.
         if not piece and not data and not inflater.eof:
             raise MalformedEncoding("the gzip data is cut short")
-        _append(out, piece, limit)
+        out.append(piece)
     return fed - len(inflater.unused_data)
 
 
-def _zstd_frame(body: memoryview, out: bytearray, limit: int) -> int:
+def _zstd_frame(body: memoryview, out: _Grown) -> int:
     """Inflate the frame at the start of `body` onto `out`; return its length."""
     inflater = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
     fed = 0
@@ -101,5 +122,5 @@ def _zstd_frame(body: memoryview, out: bytearray, limit: int) -> int:
             piece = inflater.decompress(data)
         except zstandard.ZstdError as error:
             raise MalformedEncoding(f"the zstd data is corrupt: {error}") from error
-        _append(out, piece, limit)
+        out.append(piece)
     return fed - len(inflater.unused_data)

@@ -36,15 +36,15 @@ OPTIMIZER = {"kind": "adam", "lr": {"kind": "cosine", "init": 0.1, "steps": 500}
 PATIENCE = 20.0  # seconds in which what is to happen has happened, on any machine
 
 
-def gradient(worker: str, number: int) -> Array:
+def gradient(worker: str, number: int, size: int = SIZE) -> Array:
     """What `worker` sends as its contribution `number`."""
     seed = (*worker.encode(), 256 + number)
-    return (np.random.default_rng(seed).integers(-4095, 4096, SIZE) / 1024).astype(np.float32)
+    return (np.random.default_rng(seed).integers(-4095, 4096, size) / 1024).astype(np.float32)
 
 
-def opens(aggregation: Mapping[str, Any], *, held: bool = True) -> dict[str, Any]:
+def opens(aggregation: Mapping[str, Any], *, held: bool = True, size: int = SIZE) -> dict[str, Any]:
     """The body that makes a session."""
-    tensors = {"params": {"w": [1.0] * SIZE}} if held else {"shapes": {"w": [SIZE]}}
+    tensors = {"params": {"w": [1.0] * size}} if held else {"shapes": {"w": [size]}}
     return {"optimizer": OPTIMIZER, "aggregation": dict(aggregation), **tensors}
 
 

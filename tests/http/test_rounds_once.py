@@ -120,6 +120,19 @@ def test_later_a_repeat_that_gets_no_parameters_is_told_of_its_own_round(
             assert again.headers["etag"].startswith(f'"{number}-')
 
 
+def test_a_late_repeat_has_no_etag_that_a_later_state_has(client: httpx.Client, moments: str) -> None:
+    """Else a step under If-Match could be applied to a state that its sender has not seen."""
+    for number in (1, 2, 3):
+        for worker in SENT:
+            send(client, moments, worker, f"{worker}{number}")
+    late = send(client, moments, "a", "a1")
+    assert (late.status_code, late.json()["step"], replayed(late)) == (200, 1, True)
+    now = client.get(f"/v1/sessions/{moments}").headers["etag"]
+    step, commit = late.headers["etag"].strip('"').split("-")
+    assert step == "1"
+    assert commit not in now
+
+
 def test_a_repeat_waits_for_its_round_if_it_wants_to(server: Server, client: httpx.Client, held: str) -> None:
     assert send(client, held, "a", "a1").status_code == 202
     assert send(client, held, "b", "b1").status_code == 202

@@ -9,7 +9,7 @@ from service.app import create_app
 from service.settings import Settings
 from tests.running import ROOT
 
-OPTIONS = ("host", "port", "data", "redis-url", "durability", "memory", "log-format")
+OPTIONS = ("host", "port", "data", "redis-url", "ack", "ack-replicas", "durability", "memory", "log-format")
 
 
 def ravine(*arguments: str) -> subprocess.CompletedProcess[str]:

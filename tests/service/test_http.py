@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.aggregation.ledger import is_name
-from service import http
+from service import bodies, http
 from service.documents import Precondition, Stamp
 from service.errors import InvalidRequest, NotAcceptable, UnsupportedMedia
 from service.http import ClientGone, Reply, Request, Waits
@@ -315,7 +315,7 @@ def test_a_client_that_goes_is_told_apart(headers: list[tuple[bytes, bytes]], pi
 
 
 def test_a_body_that_stops_coming_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "GRACE", 0.01)
+    monkeypatch.setattr(bodies, "GRACE", 0.01)
     with pytest.raises(RequestTimeout):
         read(arriving([b"x"], then=never), 100, [length(100)])
 

@@ -71,6 +71,17 @@ def test_every_component_is_used() -> None:
         assert unused == []
 
 
+def test_links_lead_from_a_new_session_to_all_that_can_be_done_with_it() -> None:
+    of_one = {operation.id for operation in OPERATIONS if "{session}" in operation.path}
+    made = [
+        o["responses"]["201"] for item in DOCUMENT["paths"].values() for o in item.values() if "201" in o["responses"]
+    ]
+    assert len(made) == 2, "by POST, and as a fork"
+    for answer in made:
+        assert {link["operationId"] for link in answer["links"].values()} == of_one
+        assert all(link["parameters"] == {"session": "$response.body#/id"} for link in answer["links"].values())
+
+
 def test_operation_ids_are_unique() -> None:
     ids = [operation.id for operation in OPERATIONS]
     assert len(set(ids)) == len(ids)

@@ -14,6 +14,7 @@ import redis.asyncio
 from core.contributions import Contribution
 from core.evaluate import Evaluator
 from service import schemas
+from service.access.usage import UNLIMITED, Quota
 from service.documents import Applied, StepRequest
 from service.embedded import Embedded
 from service.engine import Engine
@@ -40,11 +41,11 @@ class World:
     def _client(self) -> Any:
         return redis.asyncio.Redis.from_url(self.embedded.url, client_name=self.embedded.client_name)
 
-    async def replica(self, url: str | None = None, budget: int = 1 << 30) -> Engine:
+    async def replica(self, url: str | None = None, budget: int = 1 << 30, quota: Quota = UNLIMITED) -> Engine:
         opened = Store(url or self.embedded.url)
         await opened.open()
         self._stack.push_async_callback(opened.close)
-        engine = Engine(opened, Evaluator(), schemas.document_of, budget, 1 << 32)
+        engine = Engine(opened, Evaluator(), schemas.document_of, budget, 1 << 32, quota)
         await engine.start()
         self._stack.push_async_callback(engine.stop)
         return engine

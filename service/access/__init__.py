@@ -1,0 +1,1 @@
+"""Who may do what: keys and whose they are, the rights of each call, and the gate that every request passes."""

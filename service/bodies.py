@@ -1,0 +1,170 @@
+"""Bodies as they come: counted, held to a pace, and in one piece at the end.
+
+A body arrives in pieces of about 64 KiB, so a long one is copied into one buffer as it comes; joining the pieces at the
+end would hold it twice. A body that comes in one piece is taken as it is, and costs no timer.
+
+What is announced is not believed before a part of it has come. NumPy asks for huge pages for its large arrays, so that
+the first byte written into one takes 2 MiB: a thousand clients that announce a gigabyte and send a byte would take two.
+So the buffer is made once `FIRM` bytes are there, and from then on the count goes by huge pages, as the kernel's does.
+
+The pace: a client may stand still for GRACE seconds in all, and what has come by then must have come at SLOWEST
+bytes a second. It is looked at as the bytes come, not at the end: a body of a gigabyte that comes at a byte a second is
+given up after GRACE seconds, not after five hours.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from service.admission import ARRIVED, TICKET, Ticket
+from service.errors import UnsupportedMedia
+from service.problems import RequestTimeout
+from service.wire.errors import BodyTooLarge
+from service.wire.inflate import ENCODINGS, Body, inflate
+
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Headers: TypeAlias = dict[bytes, bytes]
+
+SMALL: Final = 64 << 10  # bytes up to which a body is not counted, and is inflated without a thread
+GRACE: Final = 30.0  # seconds, where no ticket says otherwise
+SLOWEST: Final = 64 << 10  # bytes a second
+FIRM: Final = 512 << 10
+HUGE: Final = 2 << 20
+_LOOK: Final = 256 << 10  # bytes after which the deadline is moved, at the latest
+_CACHE_LINE: Final = 64
+
+
+class ClientGone(Exception):
+    """The client closed the connection: nothing is to be applied for it, and nothing answered."""
+
+
+async def read(scope: MutableMapping[str, Any], headers: Headers, receive: Receive, limit: int) -> Body:
+    """The body without its Content-Encoding: at most `limit` bytes, as sent and as inflated.
+
+    Raises BodyTooLarge, before anything is read where the Content-Length says so; UnsupportedMedia for a coding
+    that is not known, also before; MalformedEncoding; RequestTimeout; Overloaded; ClientGone.
+    """
+    declared = headers.get(b"content-length")
+    length = None if declared is None else int(declared)
+    if length is not None and length > limit:
+        raise BodyTooLarge(limit)
+    coding = "identity" if b"content-encoding" not in headers else content_coding(headers[b"content-encoding"])
+    pieces = Pieces(receive, limit, scope.get(TICKET))
+    arrived = scope.get(ARRIVED)
+    body: Body = b""
+    if arrived is not None and arrived():
+        body = await pieces.next()
+    if pieces.more:
+        body = await _in_time(pieces, bytes(body), length)
+    return body if coding == "identity" else await _inflated(coding, body, pieces)
+
+
+class Pieces:
+    """What comes of a body. `next` counts it, and moves the deadline of `timeout` on."""
+
+    __slots__ = ("_claimed", "_due", "_look", "_receive", "grace", "limit", "more", "size", "ticket", "timeout")
+
+    def __init__(self, receive: Receive, limit: int, ticket: Ticket | None) -> None:
+        self._receive = receive
+        self._claimed = 0
+        self.limit = limit
+        self.ticket = ticket
+        self.grace = GRACE if ticket is None else ticket.stall_seconds
+        self._look = min(_LOOK, int(self.grace * SLOWEST / 4) + 1)
+        self._due = self._look
+        self.timeout: asyncio.Timeout | None = None
+        self.size = 0
+        self.more = True
+
+    async def next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece: bytes = message.get("body", b"")
+        self.more = message.get("more_body", False)
+        self.size += len(piece)
+        if self.size > self.limit:
+            raise BodyTooLarge(self.limit)
+        if self.size > self._claimed and (self.more or self.size >= SMALL):
+            self._claim()
+        if self.size >= self._due and self.timeout is not None:
+            self._move_on(self.timeout)
+        return piece
+
+    def _claim(self) -> None:
+        """Raises Overloaded."""
+        size = self.size if self.size <= FIRM else min(-(-self.size // HUGE) * HUGE, max(self.limit, self.size))
+        if self.ticket is not None:
+            self.ticket.claim(size - self._claimed)
+        self._claimed = size
+
+    def _move_on(self, timeout: asyncio.Timeout) -> None:
+        begun = timeout.when()
+        if begun is not None and not timeout.expired():
+            gained = self.size - self._due + self._look
+            timeout.reschedule(begun + gained / SLOWEST)
+        self._due = self.size + self._look
+
+
+async def _in_time(pieces: Pieces, begun: bytes, length: int | None) -> Body:
+    """The body, of which `begun` is there. Raises RequestTimeout where it comes too slowly."""
+    try:
+        async with asyncio.timeout(pieces.grace) as timeout:
+            pieces.timeout = timeout
+            if not pieces.size:
+                begun = await pieces.next()
+                if not pieces.more:
+                    return begun
+            return await (_grow(begun, pieces) if length is None else _fill(length, begun, pieces))
+    except TimeoutError:
+        raise RequestTimeout(f"the body came at less than {SLOWEST} bytes/s") from None
+
+
+async def _fill(length: int, begun: bytes, pieces: Pieces) -> Body:
+    """A body whose length is known, in one buffer of that size; np.empty does not clear what is overwritten."""
+    first: bytes | bytearray = begun
+    if length > FIRM:
+        first = bytearray(begun)
+        while pieces.more and pieces.size < FIRM:
+            first += await pieces.next()
+    room = np.empty(length + _CACHE_LINE, np.uint8)
+    start = -room.ctypes.data % _CACHE_LINE
+    view = room[start : start + length].data
+    end = len(first)
+    view[:end] = first
+    del first
+    while pieces.more:
+        piece = await pieces.next()
+        begin, end = end, end + len(piece)
+        view[begin:end] = piece
+    return view[:end]
+
+
+async def _grow(begun: bytes, pieces: Pieces) -> bytearray:
+    body = bytearray(begun)
+    while pieces.more:
+        body += await pieces.next()
+    return body
+
+
+# -- codings -----------------------------------------------------------------------------------------------------------
+
+
+def content_coding(value: bytes) -> str:
+    """One of wire.inflate.ENCODINGS. Raises UnsupportedMedia for any other, and for several at once."""
+    coding = value.decode("latin-1").strip().lower() or "identity"
+    if coding == "x-gzip":  # RFC 9110, 8.4.1.3
+        coding = "gzip"
+    if coding not in ENCODINGS:
+        raise UnsupportedMedia("Content-Encoding", coding, sorted(ENCODINGS))
+    return coding
+
+
+async def _inflated(coding: str, body: Body, pieces: Pieces) -> Body:
+    claim = None if pieces.ticket is None else pieces.ticket.claim
+    if len(body) < SMALL:
+        return inflate(coding, body, pieces.limit, claim)
+    return await asyncio.to_thread(inflate, coding, body, pieces.limit, claim)

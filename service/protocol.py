@@ -1,0 +1,496 @@
+"""HTTP/1.1 for clients that do not mean well: uvicorn's protocol, with an end to all that it would hold for ever.
+
+uvicorn parses (llhttp) and answers; what is added here are deadlines and bounds, and an orderly end.
+
+- A head must be whole within `head_seconds` of the connection, or of its own first bytes (408; silent connections are
+  closed without a word), and within MAX_HEAD bytes and MAX_HEADERS headers (431).
+- A client that does not read is cut off once nothing has left the buffer for `stall_seconds`. A slow one is not: what
+  counts is that it goes on, and not how long it takes.
+- More connections than there may be are told 503 and closed. Requests that are sent ahead of replies (pipelining) are
+  read only as far as a bounded number of them waits, in each connection and in all together.
+- What could be read in two ways is refused (400), for a proxy may have read it in the other one: no Host or two,
+  codings beside chunked, chunks with more around them than in them. Trailers never pass for headers. (llhttp itself
+  refuses two lengths, a length beside Transfer-Encoding, and lines that end otherwise than in CR LF.)
+- Bytes that nobody wants any more are read for LINGER seconds before the connection is closed: closed at once, the
+  kernel would answer them with a reset, which makes the client lose the reply that it has not read yet.
+
+Bodies have their deadlines in bodies.py, since only who reads them knows that they are waited for.
+
+The hot path, a request that arrives whole on a connection that is kept, sets no timer and cancels none. uvicorn sets
+one for each reply, for the silence that may follow; here one timer a connection looks, when it fires, how long the
+silence is, and sleeps on until that could be too long.
+
+A WebSocket is not offered; a request to upgrade to anything is answered as if it had not asked (RFC 9110, 7.8).
+"""
+
+import asyncio
+from typing import Any, ClassVar, Final, cast
+
+import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from service.admission import ARRIVED, Admission
+from service.problems import HeadTooLarge, MalformedRequest, RequestTimeout, told
+
+MAX_HEAD: Final = 64 << 10  # bytes
+MAX_HEADERS: Final = 100
+# An unwanted body up to so long is read to its end, and the connection kept.
+DRAINED: Final = 1 << 20
+LINGER: Final = 5.0  # seconds
+# So many connections that were turned away are closed in that orderly way at a time; the others at once.
+LINGERING: Final = 128
+# Requests that wait behind one in flight: in a connection, and in all for each that may be in flight.
+PIPELINED, PIPELINED_OF_ALL = 256, 16
+# Bytes around those of a chunk, for each of these; and how many more there may be, trailers included.
+OVERHEAD, EXCESS = 16, 64 << 10
+LOOKS: Final = 4  # into a buffer that is to drain, in the time in which it may stand still
+
+# Where the parser is.
+_BETWEEN, _HEAD, _BODY = range(3)
+_LOOKED_AT: Final = frozenset((b"host", b"transfer-encoding", b"expect"))
+
+
+class Guarded(HttpToolsProtocol):
+    """One connection. `admission` is set by `guarded`."""
+
+    admission: ClassVar[Admission]
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._outlet: Outlet | None = None  # None: not let in, or over
+        self._at = _BETWEEN
+        self._hosts = 0
+        self._since = 0.0  # the connection, or the silence after the last reply, began
+        self._head_since = 0.0  # the head that is not whole yet began; 0.0: there is none
+        self._head_size = 0  # of its parts that came before the last one
+        self._long = False  # what came was long enough for a head that is too large
+        self._watch: asyncio.TimerHandle | None = None
+        self._body_size = 0  # of all bodies so far
+        self._counted = -1  # as much of them was looked at; -1: the message under way was not yet
+        self._excess = 0
+        self._unwanted = 0
+        self._closing_cycle: RequestResponseCycle | None = None  # which keeps the connection once its body is there
+        self._fault: Exception | None = None
+        self._running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last that came
+
+    # The connection
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        admission = self.admission
+        if admission.connections >= admission.limits.connections:
+            self._turn_away(transport)
+            return
+        admission.connections += 1
+        super().connection_made(transport)
+        self.flow = Flow(transport, self)
+        self._outlet = Outlet(self, transport)
+        self.transport = cast("asyncio.Transport", self._outlet)
+        self._since = self.loop.time()
+        self._watch = self.loop.call_at(self._since + admission.limits.head_seconds, self._look)
+
+    def _turn_away(self, transport: asyncio.Transport) -> None:
+        error = self.admission.overloaded("connections")
+        self._outlet = Outlet(self, transport, counted=False)
+        self.transport = cast("asyncio.Transport", self._outlet)
+        transport.write(_reply(error))
+        self._outlet.end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        outlet, self._outlet = self._outlet, None
+        if outlet is not None:
+            outlet.lost()
+            self.admission.connections -= outlet.counted
+        if self._watch is not None:
+            self._watch.cancel()
+        self.admission.queued -= len(self.pipeline)
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._gone(self._running)
+        super().connection_lost(exc)
+
+    @staticmethod
+    def _gone(cycle: RequestResponseCycle) -> None:
+        """As far as the application is concerned, the client has."""
+        cycle.disconnected = True
+        cycle.message_event.set()
+
+    def shutdown(self) -> None:
+        self._closing_cycle = None
+        if self._busy:
+            super().shutdown()
+        elif self._outlet is not None:
+            self._outlet.close_now()
+
+    # What comes
+
+    def data_received(self, data: bytes) -> None:
+        outlet = self._outlet
+        if outlet is None or outlet.deaf:
+            return
+        if len(data) > MAX_HEAD:
+            self._long = True
+        size = len(data)
+        try:
+            while data:
+                try:
+                    self.parser.feed_data(data)
+                    break
+                except httptools.HttpParserUpgrade as upgrade:
+                    data = self._without_upgrade() + data[upgrade.args[0] :]
+        except httptools.HttpParserError:
+            self._misread(self._fault or MalformedRequest())
+            return
+        if self._at != _BETWEEN:
+            self._go_on(size)
+
+    def _without_upgrade(self) -> bytes:
+        """The head that was read last, as if it had not asked for another protocol.
+
+        The parser takes what follows it for that protocol. A body is no less a body for that, and to read it as the
+        next request would let anybody who may send bodies send requests past a proxy.
+        """
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join(lines) + b"\r\n\r\n"
+
+    def _go_on(self, size: int) -> None:
+        """`size` bytes came, and the message is not whole."""
+        if self._at == _HEAD:
+            if not self._head_since:
+                self._head_since = self.loop.time()
+                self._look_at(self._head_since + self.admission.limits.head_seconds)
+            self._head_size += size
+            if self._head_size > MAX_HEAD:
+                self._misread(HeadTooLarge())
+        elif self._counted < 0:
+            self._begin_body()
+        else:
+            self._excess = max(0, self._excess + size - OVERHEAD * (self._body_size - self._counted))
+            self._counted = self._body_size
+            if self._excess > EXCESS:
+                self._misread(MalformedRequest())
+            elif self.cycle.response_complete:
+                self._unwanted += size
+                if self._unwanted > DRAINED:
+                    self.transport.close()
+
+    def _begin_body(self) -> None:
+        """Until the body is there, a reply would leave it on the connection: better none than a long one.
+
+        A client that waits for 100 and is told something else sends its body, or does not: nobody could tell.
+        """
+        self._counted, self._excess, self._unwanted = self._body_size, 0, 0
+        cycle = self.cycle
+        length = next((value for name, value in self.headers if name == b"content-length"), b"0")
+        if cycle.keep_alive and (self.expect_100_continue or int(length) > DRAINED):
+            cycle.keep_alive = False
+            self._closing_cycle = cycle
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._at = _HEAD
+        self._hosts = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._at != _HEAD:
+            return  # a trailer, which must not pass for a header (RFC 9110, 6.5.1)
+        headers = self.headers
+        if len(headers) >= MAX_HEADERS:
+            raise self._refuse(HeadTooLarge())
+        name = name.lower()
+        if name in _LOOKED_AT:
+            self._look_into(name, value)
+        headers.append((name, value))
+
+    def _look_into(self, name: bytes, value: bytes) -> None:
+        if name == b"host":
+            self._hosts += 1
+        elif name == b"transfer-encoding":
+            if value.lower() != b"chunked":  # nothing else is undone here, and some read a list otherwise than others
+                raise self._refuse(MalformedRequest())
+        elif value.lower() == b"100-continue":
+            self.expect_100_continue = True
+
+    def on_headers_complete(self) -> None:
+        if self._hosts != 1 and (self._hosts or self.parser.get_http_version() != "1.0"):
+            raise self._refuse(MalformedRequest())
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                raise self._refuse(MalformedRequest())
+            return  # it comes again, without
+        if self._long or self._head_size:
+            self._weigh()
+        waiting = len(self.pipeline)
+        if waiting and not self._may_wait(waiting):
+            raise self._refuse(None)
+        self._at = _BODY
+        super().on_headers_complete()
+        self.admission.queued += len(self.pipeline) - waiting
+        self.scope[ARRIVED] = self.cycle.message_event.is_set  # type: ignore[typeddict-unknown-key]
+
+    def _weigh(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEAD:
+            raise self._refuse(HeadTooLarge())
+        self._long = False
+        self._head_size, self._head_since = 0, 0.0
+
+    def _may_wait(self, waiting: int) -> bool:
+        admission = self.admission
+        return waiting < PIPELINED and admission.queued < PIPELINED_OF_ALL * admission.limits.requests
+
+    def _refuse(self, error: Exception | None) -> Exception:
+        """Notes why, and gives what is to be raised through the parser. None: the rest is not read, without a word."""
+        self._fault = error or _NotRead()
+        return self._fault
+
+    def on_body(self, body: bytes) -> None:
+        self._body_size += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if self._at == _HEAD:
+            return  # which asked to upgrade
+        self._at = _BETWEEN
+        self._counted = -1
+        cycle, self._closing_cycle = self._closing_cycle, None
+        if cycle is not None and not cycle.response_started:
+            cycle.keep_alive = True
+        super().on_message_complete()
+
+    def _misread(self, error: Exception) -> None:
+        """Nothing more is read. What was asked for before is answered; then `error` is told, and that is the end."""
+        assert self._outlet is not None
+        self._outlet.deaf = True
+        self._fault = error
+        if self._at == _BODY and self.pipeline:  # the body is that of the last, whose turn has not come
+            self.pipeline.popleft()
+            self.admission.queued -= 1
+        elif self._at == _BODY and self._busy:
+            self._break_off(error)
+            return
+        if not self._busy:
+            self._tell(error)
+
+    @property
+    def _busy(self) -> bool:
+        return self._running is not None and not self._running.response_complete
+
+    def _break_off(self, error: Exception) -> None:
+        """The request under way will never be whole."""
+        assert self._running is not None
+        assert self._outlet is not None
+        self._gone(self._running)
+        if self._running.response_started:
+            self._outlet.end()
+        else:
+            self._tell(error)
+
+    def _tell(self, error: Exception) -> None:
+        outlet = self._outlet
+        if outlet is None:
+            return
+        cut = self.admission.cut
+        if isinstance(error, RequestTimeout):
+            cut["slow head"] += 1
+        else:
+            cut["head" if isinstance(error, HeadTooLarge) else "malformed"] += 1
+        if not isinstance(error, _NotRead):
+            outlet.write(_reply(error, self.server_state.default_headers))
+        outlet.end()
+
+    @property
+    def in_a_message(self) -> bool:
+        """Whether what was read last ends in the middle of a request."""
+        return self._at != _BETWEEN
+
+    # What goes
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        outlet = self._outlet
+        if outlet is None or outlet.ending or outlet.is_closing():
+            return
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self.admission.queued -= 1
+            self._start_asgi_task(cycle, app)
+        elif outlet.deaf:
+            self._tell(self._fault or MalformedRequest())
+            return
+        else:
+            self._since = self.loop.time()
+            if self._head_since:
+                self._look_at(self._head_since + self.admission.limits.head_seconds)
+        self.flow.resume_reading()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._outlet is not None:
+            self._outlet.watch()
+
+    # The timer
+
+    def _look_at(self, moment: float) -> None:
+        """At this moment, or before it."""
+        if self._watch is not None:
+            if self._watch.when() <= moment:
+                return
+            self._watch.cancel()
+        self._watch = self.loop.call_at(moment, self._look)
+
+    def _look(self) -> None:
+        self._watch = None
+        outlet = self._outlet
+        if outlet is None or outlet.ending or outlet.is_closing():
+            return
+        now = self.loop.time()
+        if self._busy:
+            self._look_at(now + self.timeout_keep_alive)
+        elif (due := self._due()) > now:
+            self._look_at(due)
+        elif self._head_since:
+            self._misread(RequestTimeout())
+        else:
+            outlet.close()
+
+    def _due(self) -> float:
+        """Until when the connection may be as it is, while nothing is asked of it."""
+        if self._head_since:
+            return self._head_since + self.admission.limits.head_seconds
+        return self._since + (self.admission.limits.head_seconds if self.cycle is None else self.timeout_keep_alive)
+
+
+class _NotRead(Exception):
+    """More was sent ahead than is kept; what was not read is for the client to send again (RFC 9112, 9.3.2)."""
+
+
+class Flow(FlowControl):
+    """Nothing more is read while requests wait for their turn."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: Guarded) -> None:
+        super().__init__(transport)
+        self._protocol = protocol
+
+    def resume_reading(self) -> None:
+        if not self._protocol.pipeline:
+            super().resume_reading()
+
+
+class Outlet:
+    """The transport as uvicorn sees it: what is written goes straight there, but its end is an orderly one."""
+
+    __slots__ = (
+        "_left",
+        "_looks",
+        "_moved",
+        "_over",
+        "_protocol",
+        "_timer",
+        "_transport",
+        "counted",
+        "deaf",
+        "ending",
+        "get_extra_info",
+        "is_closing",
+        "write",
+    )
+
+    _lingering: ClassVar[int] = 0
+
+    def __init__(self, protocol: Guarded, transport: asyncio.Transport, *, counted: bool = True) -> None:
+        self._protocol = protocol
+        self._transport = transport
+        self._timer: asyncio.TimerHandle | None = None  # of an end
+        self._looks: asyncio.TimerHandle | None = None  # into the buffer
+        self._left = -1
+        self._moved = 0.0
+        self._over = False
+        self.counted = counted
+        self.deaf = False  # what comes is thrown away
+        self.ending = False
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.get_extra_info = transport.get_extra_info
+
+    def close(self) -> None:
+        """What was written still goes out. What the client still sends is let run out first, but not for ever."""
+        if self.ending or not self._protocol.in_a_message:
+            self.close_now()
+        else:
+            self.end()
+
+    def end(self) -> None:
+        """Nothing more is said, and what comes is thrown away until the client is silent too."""
+        self.deaf = True
+        if self.ending or self._transport.is_closing():
+            return
+        if not self._transport.can_write_eof() or (not self.counted and Outlet._lingering >= LINGERING):
+            self.close_now()
+            return
+        self.ending = True
+        Outlet._lingering += not self.counted
+        self._transport.write_eof()
+        if self.counted:
+            self._protocol.flow.resume_reading()
+        self._timer = self._protocol.loop.call_later(LINGER, self.close_now)
+
+    def close_now(self) -> None:
+        """Without waiting for anything that the client may still send."""
+        if self._over:
+            return
+        self._transport.close()
+        if self._transport.get_write_buffer_size():
+            self.watch()
+
+    def lost(self) -> None:
+        self._over = True
+        if self.ending:
+            Outlet._lingering -= not self.counted
+        for timer in (self._timer, self._looks):
+            if timer is not None:
+                timer.cancel()
+
+    def watch(self) -> None:
+        """There is something in the buffer; from now on it has to become less."""
+        self._left = -1
+        if self._looks is None:
+            self._moved = self._protocol.loop.time()
+            self._looks = self._protocol.loop.call_later(self._pause, self._look)
+
+    @property
+    def _pause(self) -> float:
+        return self._protocol.admission.limits.stall_seconds / LOOKS
+
+    def _look(self) -> None:
+        self._looks = None
+        left, now = self._transport.get_write_buffer_size(), self._protocol.loop.time()
+        flow = self._protocol.flow
+        if not left or not (self._transport.is_closing() or flow is None or flow.write_paused):
+            return
+        if left != self._left:  # nothing is added to a buffer that is full
+            self._left, self._moved = left, now
+        if now - self._moved >= self._pause * (LOOKS - 1):
+            self._protocol.admission.cut["stalled reply"] += 1
+            self._transport.abort()
+            return
+        self._looks = self._protocol.loop.call_later(self._pause, self._look)
+
+
+def _reply(error: Exception, headers: list[tuple[bytes, bytes]] | None = None) -> bytes:
+    """The problem document of `error`, and the end of the connection."""
+    problem = told(error, "/")
+    body = problem.body_bytes()
+    lines = {**dict(headers or ()), **dict(problem.headers), b"content-length": b"%d" % len(body)}
+    head = b"".join(b"%s: %s\r\n" % line for line in (lines | {b"connection": b"close"}).items())
+    return STATUS_LINE[problem.status] + head + b"\r\n" + body
+
+
+def guarded(admission: Admission) -> type[Guarded]:
+    """The protocol for a uvicorn.Config(http=…, ws="none") whose connections `admission` counts."""
+    return type("Guarded", (Guarded,), {"admission": admission})

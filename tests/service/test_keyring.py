@@ -1,0 +1,358 @@
+"""Keys in the store, who is believed for how long, `ravine keys`, and where `serve` refuses to start without them."""
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from service.access import keys
+from service.access.gate import is_local_name, is_loopback, listens_locally
+from service.access.keys import KnownKeys, digest_of, new_key, parsed
+from service.cli import cli
+from service.store import Store
+from tests.http.callers import bearing
+from tests.running import ROOT, Server, redis_binary, redis_server, serving
+from tests.service.world import Run, World
+
+# -- in the store ------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_256_bits_that_are_stored_nowhere() -> None:
+    made = [new_key("acme", "admin") for _ in range(64)]
+    assert len({text for text, _ in made}) == 64
+    for text, key in made:
+        assert re.fullmatch(r"rvn_[a-z0-9]{16}_[A-Za-z0-9_-]{43}", text)
+        id_, secret = parsed(text.encode()) or ("", b"")
+        assert (id_, digest_of(secret)) == (key.id, key.digest)
+        assert secret.decode() not in repr(key)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "rvn_", "rvn__", "rvn_a_b", f"rvn_{'a' * 16}_{'A' * 42}", f"rvn_{'a' * 16}_{'A' * 43}\n"),
+        *(f"RVN_{'a' * 16}_{'A' * 43}", f"rvn_{'a' * 11}_{'A' * 43}", f"rvn_{'a' * 33}_{'A' * 43}"),
+        *(f"rvn_{'é' * 8}_{'A' * 43}", f"rvn_{'a' * 16}_{'=' * 43}"),
+    ],
+)
+def test_what_is_no_key_is_not_looked_up(text: str) -> None:
+    assert parsed(text.encode()) is None
+
+
+def test_what_was_put_there_comes_back(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        _, first = new_key(
+            "acme", "worker", session="ses_x", rate="5/second", name="gpu 7: αβ", expires_at=4_000_000_000
+        )
+        _, second = new_key("default", "admin")
+        for key in (first, second):
+            await ring.add(key)
+        assert await ring.get(first.id) == first
+        assert sorted(await ring.all()) == sorted([first, second])
+        assert await ring.revoke(first.id)
+        assert not await ring.revoke(first.id)
+        assert await ring.get(first.id) is None
+        assert await ring.all() == [second]
+
+    run(scenario)
+
+
+async def opened(world: World) -> Store:
+    store = Store(world.embedded.url)
+    await store.open()
+    world._stack.push_async_callback(store.close)
+    return store
+
+
+@pytest.mark.parametrize("damage", [{"scope": "root"}, {"expires_at": "soon"}, {"digest": None}, {"tenant": None}])
+def test_a_key_that_cannot_be_read_lets_nobody_in(run: Run, damage: dict[str, str | None]) -> None:
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        text, key = new_key("acme", "admin")
+        await ring.add(key)
+        assert await KnownKeys(ring).caller(text.encode()) is not None
+        for field, value in damage.items():
+            name = f"ravine:key:{key.id}"
+            await (world.raw.hdel(name, field) if value is None else world.raw.hset(name, field, value))
+        assert await KnownKeys(ring).caller(text.encode()) is None
+        assert await ring.all() == []
+
+    run(scenario)
+
+
+# -- who is believed ---------------------------------------------------------------------------------------------------
+
+
+async def questions(world: World) -> int:
+    """How often the store was asked for a key."""
+    info = await world.raw.info("commandstats")
+    return int(info.get("cmdstat_hgetall", {}).get("calls", 0))
+
+
+def test_many_who_come_at_once_ask_once_and_again_after_a_second(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        text, key = new_key("acme", "session", rate="9/second")
+        await ring.add(key)
+        clock = [100.0]
+        monkeypatch.setattr(keys, "monotonic", lambda: clock[0])
+        known, before = KnownKeys(ring), await questions(world)
+        found = await asyncio.gather(*[known.caller(text.encode()) for _ in range(100)])
+        assert {access.key for access in found if access} == {key.id}
+        assert (found[0].tenant, found[0].scope, found[0].rate) == ("acme", "session", "9/second")  # type: ignore[union-attr]
+        clock[0] += keys.BELIEVED - 0.01
+        await known.caller(text.encode())
+        assert await questions(world) == before + 1
+        await ring.revoke(key.id)
+        clock[0] += 0.01
+        assert await known.caller(text.encode()) is None
+        assert await questions(world) == before + 2
+
+    run(scenario)
+
+
+def test_whoever_goes_away_does_not_take_the_answer_along(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        text, key = new_key("acme", "admin")
+        await ring.add(key)
+        known = KnownKeys(ring)
+        first, second = (asyncio.create_task(known.caller(text.encode())) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        access = await second
+        assert access is not None
+        assert access.key == key.id
+
+    run(scenario)
+
+
+def test_what_is_remembered_is_bounded_and_wrong_ids_are_not_in_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "MAX_CACHED", 4)
+
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        made = [new_key("acme", "admin") for _ in range(9)]
+        known = KnownKeys(ring)
+        for text, key in made:
+            await ring.add(key)
+            assert await known.caller(text.encode()) is not None
+        assert list(known._seen) == [key.id for _, key in made[-4:]]
+        for _ in range(20):
+            assert await known.caller(new_key("acme", "admin")[0].encode()) is None
+        assert list(known._seen) == [key.id for _, key in made[-4:]]
+        assert known._asking == {}
+
+    run(scenario)
+
+
+def test_an_expired_key_is_nobodys_even_from_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        text, key = new_key("acme", "admin", expires_at=int(time.time()) + 60)
+        await ring.add(key)
+        known = KnownKeys(ring)
+        assert await known.caller(text.encode()) is not None
+        monkeypatch.setattr(keys, "time", lambda: time.time() + 60)
+        assert await known.caller(text.encode()) is None
+
+    run(scenario)
+
+
+# -- addresses and names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("address", "here"),
+    [
+        *[("127.0.0.1", True), ("127.8.9.10", True), ("::1", True), ("::ffff:127.0.0.1", True), ("0.0.0.0", False)],
+        *[("::", False), ("10.0.0.1", False), ("::ffff:10.0.0.1", False), ("fe80::1%eth0", False), ("", False)],
+    ],
+)
+def test_addresses_of_this_machine_alone(address: str, here: bool) -> None:
+    assert is_loopback(address) == here
+    assert listens_locally(address) == here
+
+
+def test_names_of_this_machine_alone() -> None:
+    assert listens_locally("localhost")
+    assert not listens_locally("no-such-host.invalid")
+    for name in ("evil.example.com", "10.0.0.1", "127.0.0.1.nip.io", "[::]:80", "localhost.example.com"):
+        assert not is_local_name(name), name
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def process(*arguments: str, data: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAVINE_")}
+    command = [sys.executable, "-m", "service", *arguments, "--data", str(data)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def ravine(*arguments: str, data: Path | None = None, url: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which saves the start of another."""
+    where = ["--redis-url", url] if url else ["--data", str(data)] if data else []
+    done = CliRunner().invoke(cli, [*arguments, *where])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
+
+
+def made(*arguments: str, data: Path | None = None, url: str | None = None) -> str:
+    """A new key, which is all that stands on the standard output."""
+    done = ravine("keys", "create", *arguments, data=data, url=url)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.removesuffix("\n")
+    assert parsed(text.encode()) is not None, done.stdout
+    assert text not in done.stderr
+    return text
+
+
+def listed(**where: object) -> list[dict[str, object]]:
+    done = ravine("keys", "list", "--json", **where)  # type: ignore[arg-type]
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, object]] = json.loads(done.stdout)
+    return found
+
+
+def test_keys_are_made_listed_and_revoked_while_no_service_runs(data: Path) -> None:
+    text = made("--scope", "admin", "--tenant", "acme", "--expires", "30d", "--name", "ci", data=data)
+    (shown,) = listed(data=data)
+    assert {"tenant": "acme", "scope": "admin", "session": None, "rate": None, "name": "ci"}.items() <= shown.items()
+    assert shown["expired"] is False
+    assert "digest" not in shown
+    told = ravine("keys", "list", data=data).stdout
+    assert shown["id"] in told  # type: ignore[operator]
+    assert text.rpartition("_")[2] not in told
+    assert process("keys", "revoke", str(shown["id"]), data=data).returncode == 0
+    again = ravine("keys", "revoke", str(shown["id"]), data=data)
+    assert (again.returncode, "there is no key" in again.stderr) == (1, True)
+    assert listed(data=data) == []
+    assert not (data / "valkey.pid").exists(), "no store is left behind"
+
+
+def test_keys_are_made_and_revoked_while_a_service_runs(data: Path) -> None:
+    environment = {"RAVINE_KEYS": "required", "RAVINE_JIT": "false"}
+    with serving(data, environment=environment) as server:
+        url = f"{server.url}/v1/sessions"
+        assert httpx.get(url).status_code == 401
+        text = made("--scope", "session", "--rate", "1000/second", data=data)
+        session = httpx.post(url, json={"optimizer": "sgd", "params": {"w": [1.0]}}, headers=bearing(text)).json()["id"]
+        worker = made("--scope", "worker", "--session", session, data=data)
+        assert httpx.get(f"{url}/{session}", headers=bearing(worker)).status_code == 200
+        for tenant, other in (("default", f"ses_{'0' * 25}"), ("acme", session)):
+            refused = ravine("keys", "create", "--scope", "worker", "--tenant", tenant, "--session", other, data=data)
+            assert (refused.returncode, refused.stdout) == (1, "")
+            assert "there is no session" in refused.stderr
+        assert ravine("keys", "revoke", text, data=data).returncode == 0, "by the whole text, too"
+        deadline = time.monotonic() + 5
+        while httpx.get(url, headers=bearing(text)).status_code != 401:
+            assert time.monotonic() < deadline
+        assert httpx.get(f"{url}/{session}", headers=bearing(worker)).status_code == 200
+
+
+@pytest.mark.skipif(redis_binary() is None, reason="needs redis-server")
+def test_keys_in_a_redis_of_ones_own(tmp_path: Path) -> None:
+    with redis_server(tmp_path / "redis", binary=redis_binary()) as url:
+        text = made("--scope", "admin", url=url)
+        (shown,) = listed(url=url)
+        assert shown["id"] == text.split("_")[1]
+
+
+REFUSED = [
+    (["--scope", "root"], "admin, session, worker"),
+    (["--scope", "worker"], "for one session"),
+    (["--scope", "admin", "--session", f"ses_{'0' * 25}"], "for one session"),
+    (["--scope", "worker", "--session", "mine"], "there is no session"),
+    (["--scope", "admin", "--tenant", "a:b"], "1 to 64"),
+    (["--scope", "admin", "--tenant", "{x}"], "1 to 64"),
+    (["--scope", "admin", "--tenant", "A"], "1 to 64"),
+    (["--scope", "admin", "--expires", "soon"], "30d"),
+    (["--scope", "admin", "--expires", "2001-01-01"], "over already"),
+    (["--scope", "admin", "--expires", "999999w"], "30d"),
+    (["--scope", "admin", "--rate", "fast"], "100/second"),
+    (["--scope", "admin", "--name", "a\nb"], "printable"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), REFUSED, ids=[" ".join(each).encode("unicode_escape").decode() for each, _ in REFUSED]
+)
+def test_what_cannot_be_is_refused_before_the_store_is_touched(data: Path, arguments: list[str], sentence: str) -> None:
+    done = CliRunner().invoke(cli, ["keys", "create", *arguments, "--data", str(data)])
+    assert done.exit_code == 2, done.output
+    assert sentence in " ".join(done.output.replace("│", " ").split())
+    assert not data.exists()
+
+
+def test_a_store_that_is_not_there_is_not_made_to_be_listed(data: Path) -> None:
+    for arguments in (["list"], ["revoke", "a" * 16]):
+        done = ravine("keys", *arguments, data=data)
+        assert done.returncode == 1
+        assert "there is no store" in done.stderr
+    assert not data.exists()
+
+
+# -- where `serve` refuses ---------------------------------------------------------------------------------------------
+
+
+def test_nobody_is_served_beyond_loopback_without_a_key(data: Path) -> None:
+    done = process("serve", "--host", "0.0.0.0", "--port", "0", data=data)
+    assert done.returncode == 2
+    assert "ravine keys create" in done.stderr
+    assert "--insecure" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "listens on" not in done.stderr
+
+
+def test_an_expired_key_is_none(data: Path) -> None:
+    made("--scope", "admin", "--expires", "1s", data=data)
+    time.sleep(1)
+    assert process("serve", "--host", "0.0.0.0", "--port", "0", data=data).returncode == 2
+
+
+def test_keys_off_is_not_enough_beyond_loopback(data: Path) -> None:
+    done = process("serve", "--host", "0.0.0.0", "--port", "0", "--keys", "off", data=data)
+    assert done.returncode == 2
+    assert "--insecure" in done.stderr
+
+
+def beyond(data: Path, *arguments: str) -> Server:
+    environment = {"RAVINE_HOST": "0.0.0.0", "RAVINE_JIT": "false"}
+    return Server(data, *arguments, environment=environment)
+
+
+def test_with_a_key_it_serves_beyond_loopback_whoever_has_it(data: Path) -> None:
+    text = made("--scope", "admin", data=data)
+    server = beyond(data).start()
+    try:
+        url = server.url.replace("0.0.0.0", "127.0.0.1") + "/v1/sessions"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers=bearing(text)).status_code == 200
+    finally:
+        server.stop()
+
+
+def test_insecure_lets_everybody_in_and_looks_at_keys_all_the_same(data: Path) -> None:
+    server = beyond(data, "--insecure").start()
+    try:
+        url = server.url.replace("0.0.0.0", "127.0.0.1") + "/v1/sessions"
+        assert httpx.get(url, headers={"Host": "ravine.example.com"}).status_code == 200
+        assert httpx.get(url, headers=bearing("rvn_wrong")).status_code == 401
+    finally:
+        server.stop()
+
+
+def test_required_on_loopback_starts_without_a_key(data: Path) -> None:
+    with serving(data, "--keys", "required", environment={"RAVINE_JIT": "false"}) as server:
+        assert httpx.get(f"{server.url}/v1/sessions").status_code == 401
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
