@@ -10,7 +10,7 @@ JOBS   ?= 2
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 EXTRAS  := --extra jit --extra privacy --extra tracing
 
-.PHONY: help serve check test docs soak faults demo demo-workers bench bench-peers convergence oracles fuzz sbom audit lock clean
+.PHONY: help serve keys check test docs soak faults demo demo-workers bench bench-peers convergence oracles fuzz sbom audit lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ $(VENV)/.demo: $(VENV)/.serve requirements-demo.lock
 
 serve: $(VENV)/.serve  ## run the service on the embedded store; ARGS="--port 9000" adds options
 	@exec $(BIN)/python -m service serve $(ARGS)
+
+keys: $(VENV)/.serve  ## the keys of those who may call it: ARGS="create --scope admin", "list", "revoke ID"
+	@$(BIN)/python -m service keys $(ARGS)
 
 check: $(VENV)/.test  ## lint, format and types
 	$(BIN)/ruff check .

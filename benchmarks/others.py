@@ -22,7 +22,7 @@ import uvloop
 
 BYTE_SECONDS = 1.0
 AT_ONCE = 200  # connections that are being made
-HEAD = b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: " + b"a" * 10_000
+HEAD = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Slow: " + b"a" * 10_000
 _RESET = struct.pack("ii", 1, 0)
 
 
@@ -30,7 +30,7 @@ class Others:
     def __init__(self, url: str, path: str) -> None:
         address = urlsplit(url)
         self._host, self._port = address.hostname or "", address.port or 80
-        lines = "Host: x\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+        lines = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
         self._body = f"POST {path} HTTP/1.1\r\n{lines}".encode()
         self._making = asyncio.Semaphore(AT_ONCE)
         self.held = 0
@@ -45,7 +45,7 @@ class Others:
         return [asyncio.create_task(kind()) for kind in kinds]
 
     async def idle(self) -> None:
-        await self._hold(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"")
+        await self._hold(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n", b"")
 
     async def slow_head(self) -> None:
         await self._hold(HEAD[:20], HEAD[20:])

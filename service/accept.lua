@@ -1,10 +1,11 @@
 -- Lets a session whose store went back go on from where it stands. The epoch tells those who saw it stand elsewhere
--- that this was accepted. KEYS: head. ARGV: the commit that it was found with, channel, message
+-- that this was accepted. KEYS: head. ARGV: the commit that it was found with, what was known then of what it lost (JSON),
+-- channel, message
 local head = redis.call('HMGET', KEYS[1], 'commit', 'lost')
 if not head[1] then return {'GONE'} end
-if head[1] ~= ARGV[1] or not head[2] then return {'STALE'} end
+if head[1] ~= ARGV[1] or not head[2] or head[2] ~= ARGV[2] then return {'STALE'} end
 redis.call('HDEL', KEYS[1], 'lost')
 redis.call('HSET', KEYS[1], 'commit', (string.gsub(head[1], '^lost:', '')))
 redis.call('HINCRBY', KEYS[1], 'epoch', 1)
-redis.call('PUBLISH', ARGV[2], ARGV[3])
+redis.call('PUBLISH', ARGV[3], ARGV[4])
 return {'OK'}

@@ -1,11 +1,16 @@
 """How much is let in at once: connections, requests in flight, requests that wait, bytes of bodies.
 
 Whatever comes beyond is refused at once (503, `overloaded`), for the cheapest way through too much work is not to begin
-it: what was let in keeps its latency, and memory stays flat. Four counts, each with its own bound:
+it: what was let in keeps its latency, and memory stays flat. Counts, each with its own bound:
 
 - Connections are counted by the protocol, before anything of them is read.
 - A request is in flight from its headers on, before a key or a body is looked at. Those that tell how the service
-  does are counted, and let through: it is under load that somebody asks.
+  does are let through, and not counted: it is under load that somebody asks.
+- While its body does not come, a request is not at work, and takes nobody's place: it passes to the arrivals. There is
+  one at most in each connection, and what has come of it counts as bytes, which bounds them. (A bound of their own
+  would let whoever sends heads alone shut out all whose bodies come after their heads, as many clients send them.)
+  Once the body is there it is in flight again, and refused only where there are twice as many as there may be: what
+  took long to send is not thrown away for a moment's rush.
 - A request that waits for others (long polls, event streams, `Prefer: wait`) costs nothing meanwhile. It passes from
   the requests to the waits, and stays there to its end: a round may wake thousands at once, and they would otherwise
   shut out the very contributions that the next round waits for.
@@ -28,6 +33,8 @@ Resource: TypeAlias = Literal["connections", "requests", "waits", "bodies"]
 TICKET: Final = "ravine.ticket"  # where a request's ticket is in its scope
 ARRIVED: Final = "ravine.arrived"  # a function there: whether a part of the body is there to be taken
 
+# Where a request is counted.
+_UNCOUNTED, _AT_WORK, _ARRIVING, _WAITING = range(4)
 # Let through however much there is to do.
 ALWAYS: Final = frozenset(("/livez", "/readyz", "/metrics"))
 # Open files that are no connections of clients: the store's, the log, libraries, those that are being turned away.
@@ -55,19 +62,23 @@ class Admission:
         self.limits = limits
         self.connections = 0
         self.requests = 0
+        self.arrivals = 0
         self.waits = 0
         self.bodies = 0
         self.queued = 0  # requests that were pipelined behind one in flight
         self.refused: dict[Resource, int] = {"connections": 0, "requests": 0, "waits": 0, "bodies": 0}
-        self.cut: dict[str, int] = {"malformed": 0, "head": 0, "slow head": 0, "stalled reply": 0}
+        self.cut = dict.fromkeys(("malformed", "head", "slow head", "pipelined", "stalled reply"), 0)
         self.counting = threading.Lock()  # of bytes
 
     def enter(self, scope: MutableMapping[str, Any]) -> "Ticket":
         """A ticket for the request, which is put into its scope. Raises Overloaded."""
-        if self.requests >= self.limits.requests and scope["path"] not in ALWAYS:
+        if scope["path"] in ALWAYS:
+            ticket = Ticket(self, _UNCOUNTED)
+        elif self.requests < self.limits.requests:
+            self.requests += 1
+            ticket = Ticket(self, _AT_WORK)
+        else:
             raise self.overloaded("requests")
-        self.requests += 1
-        ticket = Ticket(self)
         scope[TICKET] = ticket
         return ticket
 
@@ -80,12 +91,13 @@ class Admission:
 class Ticket:
     """One request that was let in: `leave` at its end, whatever became of it."""
 
-    __slots__ = ("_admission", "_held", "_left", "_waits", "then")
+    __slots__ = ("_admission", "_claims", "_held", "_left", "_place", "then")
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, place: int) -> None:
         self._admission = admission
+        self._claims = False
         self._held = 0
-        self._waits = False
+        self._place = place
         self._left = False
         self.then: Callable[[], None] | None = None  # called once it waits
 
@@ -93,14 +105,36 @@ class Ticket:
     def stall_seconds(self) -> float:
         return self._admission.limits.stall_seconds
 
+    @property
+    def waits(self) -> bool:
+        return self._place == _WAITING
+
+    def arrive(self) -> None:
+        """From now on its body is waited for."""
+        if self._place == _AT_WORK:
+            self._place = _ARRIVING
+            self._admission.arrivals += 1
+            self._admission.requests -= 1
+
+    def arrived(self) -> None:
+        """Its body is there. Raises Overloaded."""
+        admission = self._admission
+        if self._place != _ARRIVING:
+            return
+        if admission.requests >= 2 * admission.limits.requests:
+            raise admission.overloaded("requests")
+        self._place = _AT_WORK
+        admission.arrivals -= 1
+        admission.requests += 1
+
     def wait(self) -> None:
         """From now on the request counts among those that wait. Raises Overloaded where these are too many."""
         admission = self._admission
-        if self._waits:
+        if self._place != _AT_WORK:
             return
         if admission.waits >= admission.limits.waits:
             raise admission.overloaded("waits")
-        self._waits = True
+        self._place = _WAITING
         admission.waits += 1
         admission.requests -= 1
         if self.then is not None:
@@ -109,13 +143,14 @@ class Ticket:
     def claim(self, size: int) -> None:
         """`size` bytes more are held for this request. Raises Overloaded. In any thread."""
         admission = self._admission
+        self._claims = True  # before it is looked whether it has left, as `leave` does the other way round
         with admission.counting:
-            # A thread that inflates goes on when its request is given up; it ends here.
-            if not self._left and admission.bodies + size <= admission.limits.bodies:
-                admission.bodies += size
-                self._held += size
-                return
-        raise admission.overloaded("bodies")
+            if self._left:  # a thread that inflates goes on when its request is given up; it ends here
+                raise Overloaded("bodies")
+            if admission.bodies + size > admission.limits.bodies:
+                raise admission.overloaded("bodies")
+            admission.bodies += size
+            self._held += size
 
     def release(self) -> None:
         """The body is no longer held, though the request goes on."""
@@ -126,13 +161,16 @@ class Ticket:
 
     def leave(self) -> None:
         admission = self._admission
-        with admission.counting:
-            self._left = True
-            admission.bodies -= self._held
-        if self._waits:
-            admission.waits -= 1
-        else:
+        self._left = True
+        if self._claims:
+            with admission.counting:
+                admission.bodies -= self._held
+        if self._place == _AT_WORK:
             admission.requests -= 1
+        elif self._place == _WAITING:
+            admission.waits -= 1
+        elif self._place == _ARRIVING:
+            admission.arrivals -= 1
 
 
 def open_files(wanted: int) -> int:
@@ -142,7 +180,7 @@ def open_files(wanted: int) -> int:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + RESERVED_FILES
-    if resource.RLIM_INFINITY in (soft, hard) and soft == resource.RLIM_INFINITY:
+    if soft == resource.RLIM_INFINITY:
         return wanted
     if soft < needed:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)

@@ -48,13 +48,13 @@ def of_round(
 ) -> Applied | Pending:
     """The answer to contribution number `position` of a round: of the step that it became, if it is closed by now.
 
-    `commit` is one of the time when it was open. What is told of a round that others came after is stamped with it: an
+    `commit` is the contribution's own. What is told of a round that others came after is stamped with it: an
     ETag that no state ever had, so that no If-Match holds by it.
     """
     session = live.session
     if session.state.step < round_:
         needed, held = session.recipe.aggregation.needed, session.state.params is not None
-        return Pending(live.stamp, round_, position, needed, held, replayed)
+        return Pending(live.stamp, round_, position, needed, held, replayed, commit=commit)
     wanted = returns(live, request)
     point = live.point("next") if wanted == "params" else None
     # Current parameters go with the current stamp; whatever else is told is told of the round.

@@ -5,8 +5,8 @@ and all others to the control plane, and turns what nobody expected into a 500 t
 """
 
 import asyncio
+import random
 import re
-import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -16,7 +16,8 @@ import structlog
 
 from core.evaluate import Evaluator, Spec
 from service import __version__, schemas
-from service.access.gate import Gate, KeysNeeded, listens_locally
+from service.access.gate import Gate, KeysNeeded
+from service.access.hosts import listens_locally, parse_hosts
 from service.access.keys import KnownKeys
 from service.access.quotas import Quotas
 from service.access.usage import Quota
@@ -122,6 +123,7 @@ class App:
         let_in = self.admission
         metrics.gauge("ravine_http_connections", "Connections of clients.", lambda: let_in.connections)
         metrics.gauge("ravine_http_requests_in_flight", "Requests at work, not waiting.", lambda: let_in.requests)
+        metrics.gauge("ravine_http_arrivals", "Requests whose bodies are waited for.", lambda: let_in.arrivals)
         metrics.gauge("ravine_http_waits", "Long polls, event streams and waits for a round.", lambda: let_in.waits)
         metrics.gauge("ravine_http_body_bytes", "Bytes of bodies held for requests.", lambda: let_in.bodies)
         metrics.counter("ravine_overloaded", "Refused, by what there was too much of.", "of", lambda: let_in.refused)
@@ -132,23 +134,31 @@ class App:
         """Raises KeysNeeded where nobody could come in, or anybody."""
         settings = self.settings
         local = await asyncio.to_thread(listens_locally, settings.host)
-        keyless = all(key.expired for key in await store.keyring.all())
         if local or settings.insecure:
-            if settings.keys == "required" and keyless:
+            if settings.keys == "required" and await _keyless(store):
                 log.warning("there is no valid key yet, so everybody is refused: ravine keys create makes one")
             elif not local and settings.keys != "required":
-                log.warning("no keys are asked for: whoever reaches it has every session", host=settings.host)
+                names = settings.hosts or "any name"
+                log.warning("no keys are asked for: whoever reaches it has every session", host=settings.host, by=names)
         else:
             if settings.keys == "off":
                 raise KeysNeeded(f"without keys it listens on {settings.host} only if --insecure is said, too")
-            if keyless:
+            if await _keyless(store):
                 raise KeysNeeded(
                     f"there is no valid key for those who reach {settings.host}: make one with "
                     f"`ravine keys create --scope admin`, or say --insecure to let everybody in"
                 )
         known = KnownKeys(store.keyring)
-        wanted, docs = settings.keys, settings.docs
-        return Gate(known, engine.tenant, keys=wanted, local=local, insecure=settings.insecure, docs=docs)
+        return Gate(
+            known,
+            engine.tenant,
+            engine.tidy,
+            keys=settings.keys,
+            local=local,
+            insecure=settings.insecure,
+            hosts=None if settings.hosts is None else parse_hosts(settings.hosts),
+            docs=settings.docs,
+        )
 
     async def _open(self, store: Store) -> None:
         for attempt in range(STORE_SECONDS * 2):
@@ -254,7 +264,8 @@ class App:
             ticket = self.admission.enter(scope)
             await self._answer(scope, receive, send_with_id)
         except Overloaded as error:
-            await send_reply(send_with_id, refusal(error, scope["path"]), head=scope["method"] == "HEAD")
+            if status == 0:
+                await send_reply(send_with_id, refusal(error, scope["path"]), head=scope["method"] == "HEAD")
         except Exception as error:
             log.exception("unexpected failure", path=scope["path"])
             if status == 0:
@@ -272,10 +283,11 @@ class App:
         assert self._quotas is not None
         assert self._data is not None
         try:
-            access = scope["ravine.access"] = await self._gate.admit(scope)
+            access = scope["ravine.access"] = await self._gate.caller(scope)
             turn = await self._quotas.enter(access, scope)
             try:
                 send = send if turn is None else turn.told(send)
+                await self._gate.check(access, scope)
                 plane = self._data if self._data.matches(scope) else self._control
                 if access.key is None:
                     await plane(scope, receive, send)
@@ -299,6 +311,11 @@ def _limits(settings: Settings) -> Limits:
     )
 
 
+async def _keyless(store: Store) -> bool:
+    """Whether there is no key that lets anybody in."""
+    return all(key.expired for key in await store.keyring.all())
+
+
 def _tell(sentence: str) -> None:
     log.info(sentence)
 
@@ -308,7 +325,7 @@ def _request_id(scope: Scope) -> str:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             given: str = value.decode()
             return given
-    return secrets.token_hex(8)
+    return f"{random.getrandbits(64):016x}"  # to tell lines apart, not to be kept secret
 
 
 def create_app(settings: Settings | None = None) -> App:

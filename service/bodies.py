@@ -52,24 +52,56 @@ async def read(scope: MutableMapping[str, Any], headers: Headers, receive: Recei
     if length is not None and length > limit:
         raise BodyTooLarge(limit)
     coding = "identity" if b"content-encoding" not in headers else content_coding(headers[b"content-encoding"])
-    pieces = Pieces(receive, limit, scope.get(TICKET))
     arrived = scope.get(ARRIVED)
-    body: Body = b""
+    message: Message | None = None
     if arrived is not None and arrived():
-        body = await pieces.next()
+        message = await receive()
+        if coding == "identity" and _is_small(message, limit):
+            whole: bytes = message.get("body", b"")
+            return whole
+    pieces = Pieces(receive, limit, scope.get(TICKET))
+    body: Body = b""
+    if message is not None:
+        body = pieces.take(message)
     if pieces.more:
-        body = await _in_time(pieces, bytes(body), length)
+        # Held by nothing but `pieces`, which lets it go once it is copied: it may be a quarter of a megabyte.
+        pieces.begun, body, message = bytes(body), b"", None
+        if pieces.ticket is not None:
+            pieces.ticket.arrive()
+        body = await _in_time(pieces, length)
+        if pieces.ticket is not None:
+            pieces.ticket.arrived()
     return body if coding == "identity" else await _inflated(coding, body, pieces)
+
+
+def _is_small(message: Message, limit: int) -> bool:
+    """Whether it has all of a body that is not counted."""
+    if message.get("more_body", False) or message["type"] != "http.request":
+        return False
+    return len(message.get("body", b"")) < min(SMALL, limit + 1)
 
 
 class Pieces:
     """What comes of a body. `next` counts it, and moves the deadline of `timeout` on."""
 
-    __slots__ = ("_claimed", "_due", "_look", "_receive", "grace", "limit", "more", "size", "ticket", "timeout")
+    __slots__ = (
+        "_claimed",
+        "_due",
+        "_look",
+        "_receive",
+        "begun",
+        "grace",
+        "limit",
+        "more",
+        "size",
+        "ticket",
+        "timeout",
+    )
 
     def __init__(self, receive: Receive, limit: int, ticket: Ticket | None) -> None:
         self._receive = receive
         self._claimed = 0
+        self.begun = b""
         self.limit = limit
         self.ticket = ticket
         self.grace = GRACE if ticket is None else ticket.stall_seconds
@@ -80,7 +112,9 @@ class Pieces:
         self.more = True
 
     async def next(self) -> bytes:
-        message = await self._receive()
+        return self.take(await self._receive())
+
+    def take(self, message: Message) -> bytes:
         if message["type"] == "http.disconnect":
             raise ClientGone
         piece: bytes = message.get("body", b"")
@@ -109,25 +143,26 @@ class Pieces:
         self._due = self.size + self._look
 
 
-async def _in_time(pieces: Pieces, begun: bytes, length: int | None) -> Body:
-    """The body, of which `begun` is there. Raises RequestTimeout where it comes too slowly."""
+async def _in_time(pieces: Pieces, length: int | None) -> Body:
+    """The body, of which `pieces.begun` is there. Raises RequestTimeout where it comes too slowly."""
     try:
         async with asyncio.timeout(pieces.grace) as timeout:
             pieces.timeout = timeout
             if not pieces.size:
-                begun = await pieces.next()
+                pieces.begun = await pieces.next()
                 if not pieces.more:
-                    return begun
-            return await (_grow(begun, pieces) if length is None else _fill(length, begun, pieces))
+                    return pieces.begun
+            return await (_grow(pieces) if length is None else _fill(length, pieces))
     except TimeoutError:
         raise RequestTimeout(f"the body came at less than {SLOWEST} bytes/s") from None
 
 
-async def _fill(length: int, begun: bytes, pieces: Pieces) -> Body:
+async def _fill(length: int, pieces: Pieces) -> Body:
     """A body whose length is known, in one buffer of that size; np.empty does not clear what is overwritten."""
-    first: bytes | bytearray = begun
+    first: bytes | bytearray = pieces.begun
+    pieces.begun = b""
     if length > FIRM:
-        first = bytearray(begun)
+        first = bytearray(first)
         while pieces.more and pieces.size < FIRM:
             first += await pieces.next()
     room = np.empty(length + _CACHE_LINE, np.uint8)
@@ -143,8 +178,9 @@ async def _fill(length: int, begun: bytes, pieces: Pieces) -> Body:
     return view[:end]
 
 
-async def _grow(begun: bytes, pieces: Pieces) -> bytearray:
-    body = bytearray(begun)
+async def _grow(pieces: Pieces) -> bytearray:
+    body = bytearray(pieces.begun)
+    pieces.begun = b""
     while pieces.more:
         body += await pieces.next()
     return body

@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import ssl
-import sys
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from service.commands import keys as keys_command
 from service.commands import sessions as sessions_command
 from service.commands.options import option as _option
 from service.commands.options import settings_of
+from service.outlet import LINGER
 from service.protocol import guarded
 from service.settings import Settings
 
@@ -92,7 +92,6 @@ def serve(
         "log_format": log_format,
     }
     settings = settings_of(**given)
-    _check_tls(settings)
     _check_tls(settings)
     logs.configure(settings.log_format)
     memory.return_large_arrays()
@@ -222,11 +221,19 @@ class Server(uvicorn.Server):
             made: asyncio.Protocol = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
             return made
 
-        for listening in [listening for server in self.servers for listening in server.sockets]:
-            for _ in range(ACCEPTED_AT_ONCE - 1):
+        # uvicorn's own handle is given up with the others made: under TLS it lets a handshake take a minute.
+        limits: dict[str, Any] = {}
+        if config.ssl is not None:
+            limits = {"ssl_handshake_timeout": self._app.settings.header_seconds, "ssl_shutdown_timeout": LINGER}
+        given, self.servers = self.servers, []
+        for listening in [listening for server in given for listening in server.sockets]:
+            for _ in range(ACCEPTED_AT_ONCE):
                 again = socket.socket(fileno=os.dup(listening.fileno()))
-                server = await loop.create_server(protocol, sock=again, ssl=config.ssl, backlog=config.backlog)
-                self.servers.append(server)
+                self.servers.append(
+                    await loop.create_server(protocol, sock=again, ssl=config.ssl, backlog=config.backlog, **limits)
+                )
+        for server in given:
+            server.close()
 
     def _address(self) -> tuple[str, int]:
         for server in self.servers:
@@ -236,7 +243,7 @@ class Server(uvicorn.Server):
         return self.config.host, self.config.port
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        print("ravine: stopping; requests under way are answered first", file=sys.stderr, flush=True)
+        logs.say("ravine: stopping; requests under way are answered first")
         self._app.drain()
         await super().shutdown(sockets)
 
@@ -245,13 +252,11 @@ def _greet(app: App, host: str, port: int) -> None:
     scheme = "http" if app.settings.tls_cert is None else "https"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
     kind = "Redis" if app.settings.redis_url else "embedded Valkey"
-    print(
+    logs.say(
         f"Ravine listens on {url} (reference: {url}/docs)\n"
         f"Sessions are kept in {app.store_place} ({kind})\n"
         f"Try:\n"
-        f'  curl --json \'{{"optimizer": "adam", "params": {{"w": [1, 2]}}}}\' {url}/v1/sessions',
-        file=sys.stderr,
-        flush=True,
+        f'  curl --json \'{{"optimizer": "adam", "params": {{"w": [1, 2]}}}}\' {url}/v1/sessions'
     )
 
 

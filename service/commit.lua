@@ -3,11 +3,13 @@
 -- KEYS: head, log, history, blobs, then `staged` temporary names, then as many final names
 -- ARGV: parent, commit, number of log elements, number of history records, number of staged chunks, channel,
 --       message, then the log elements, the history records, and field/value pairs for the head
-local head = redis.call('HGET', KEYS[1], 'commit')
+-- Returns {outcome}, of OK {outcome, epoch}: whoever goes on from here is to know what was accepted before.
+local found = redis.call('HMGET', KEYS[1], 'commit', 'epoch')
+local head, epoch = found[1], found[2]
 if not head then return {'GONE'} end
 if head == ARGV[2] then -- the same call, sent twice; it writes, or a barrier behind it would cover nothing
   redis.call('HSET', KEYS[1], 'commit', head)
-  return {'OK'}
+  return {'OK', epoch}
 end
 if head ~= ARGV[1] then return {'STALE'} end
 local elements, records, staged = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
@@ -31,4 +33,4 @@ at = at + records
 redis.call('HINCRBY', KEYS[1], 'seq', elements)
 redis.call('HSET', KEYS[1], 'commit', ARGV[2], unpack(ARGV, at + 1))
 redis.call('PUBLISH', ARGV[6], ARGV[7])
-return {'OK'}
+return {'OK', epoch}

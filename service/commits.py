@@ -43,6 +43,9 @@ from service.tracing import Tracing
 
 T = TypeVar("T")
 
+# So often in a row others may be first before whoever waits is told to come again.
+RACES = 1000
+
 
 class Committer:
     """`reread(id, known)` reads a session anew from the store, of which it is known where it stood."""
@@ -82,11 +85,12 @@ class Committer:
                 resolve(look.future, result)
 
     async def _read(self, live: Live, look: Look, *, threaded: bool) -> Any:
-        while True:
+        for _ in range(TRIES):
             result = await self.compute(threaded, look.read, live)
             if not (look.acknowledges and isinstance(result, Applied)) or await self._safe(live):
                 return result
             await self.catch_up(live)
+        raise StoreUnavailable("the session changes faster than it can be followed")
 
     async def compute(self, threaded: bool, function: Callable[..., T], *arguments: Any) -> T:
         if threaded:
@@ -98,6 +102,7 @@ class Committer:
     async def commit(self, live: Live, changes: Sequence[Change]) -> None:
         """All of them, in as many batches as it takes; and rounds that are over, as soon as they are."""
         waiting: Sequence[Change] | None = changes
+        races = 0
         rounds = live.session.recipe.aggregation.rounds
         while waiting is not None:
             if rounds and live.closable(time.time()) and not (waiting and waiting[0].closing):
@@ -106,7 +111,10 @@ class Committer:
                 waiting = [closing, *waiting]
             if not waiting:
                 return
-            waiting = await self._commit(live, waiting)
+            before, waiting = waiting, await self._commit(live, waiting)
+            races = races + 1 if waiting is before else 0
+            if races == RACES:
+                raise StoreUnavailable("others change the session faster than it can be followed")
 
     async def _commit(self, live: Live, changes: Sequence[Change]) -> Sequence[Change] | None:
         """Those of the changes that are still to come, all of them if somebody else has written since; None if the
@@ -118,9 +126,8 @@ class Committer:
             try:
                 await self._announce(live, planned)
                 outcome = await self._traced("append", live, planned, self._append(live, items))
-            except StoreFull as error:  # nothing was appended, and what only reads need not suffer
-                for change in changes:
-                    fail(change.future, error)
+            except StoreFull as error:  # nothing was appended
+                await self._answer_alone(live, changes, error)
                 return None
             if outcome == "GONE":
                 raise SessionNotFound(live.id)
@@ -137,7 +144,31 @@ class Committer:
         """Whether memory is where the store is and, where that is to answer a repeat, safe; else it has moved on."""
         if await self.catch_up(live):
             return False
-        return all(plan.done is None for plan in planned) or await self._safe(live)
+        repeats = [plan.change for plan in planned if plan.item is None and plan.done is not None]
+        try:
+            return not repeats or await self._safe(live)
+        except Unconfirmed as error:  # refusals need no word of the disk or the replicas
+            for change in repeats:
+                fail(change.future, error)
+            return True
+
+    async def _answer_alone(self, live: Live, changes: Sequence[Change], full: StoreFull) -> None:
+        """Answers those that need no entry, repeats and refusals, and refuses the others, in a store that is full.
+
+        Each is planned by itself, as none of those before it comes to be; and where the store is: it may have been too
+        full even for the look that an append begins with.
+        """
+        for _ in range(TRIES):
+            planned = [plan for change in changes for plan in (await self._plan(live, [change]))[0]]
+            if await self._answerable(live, planned):
+                break
+        else:
+            raise StoreUnavailable("the session changes faster than it can be followed")
+        for plan in planned:
+            if plan.item is None:
+                await self._settle(live, plan)
+            else:
+                fail(plan.change.future, full)
 
     async def _announce(self, live: Live, planned: Sequence[Planned]) -> None:
         """Enters when the round is to be closed before it is opened, so that any replica will see to it."""
@@ -248,17 +279,31 @@ class Committer:
                     raise
                 outcome = None
             if outcome in ("OK", "GONE") or (outcome == "STALE" and not unknown):
-                if outcome == "OK" and self._store.durable:
-                    live.safe = items[-1].commit
+                if outcome == "OK":
+                    live.learn(items[-1].epoch)
+                    live.safe = items[-1].commit if self._store.durable else ""
                 return outcome
             # STALE after a lost reply may mean that the first attempt arrived late, and somebody else's after it.
-            outcome = await self._store.landed(live.id, live.head.commit, items[-1].commit, live.head.seq)
-            if outcome == "OK" and self._store.durable:
-                outcome = await self._landed_safely(live, items[-1].commit)
+            outcome = await self._landed(live, items)
             if outcome is not None:
                 return outcome
             # It did not go through, or not yet: the same once more is harmless, its commits being the same.
         raise StoreUnavailable("the store breaks off every write")
+
+    async def _landed(self, live: Live, items: Sequence[LogItem]) -> Appended | None:
+        """The outcome of an append whose reply was lost; None: it is not there so far."""
+        commit, known = items[-1].commit, live.head.known
+        outcome = await self._store.landed(live.id, known.commit, commit, known.seq)
+        if outcome == "OK" and self._store.durable:
+            outcome = await self._landed_safely(live, commit)
+        if outcome != "OK":
+            return outcome
+        # Memory is about to stand there, and must know what was accepted before: in one look with whether it is there.
+        found = await self._store.tail(live.id, -2, known._replace(seq=known.seq + len(items), commit=commit))
+        if found is None:
+            return "GONE"
+        live.learn(found.head.epoch)
+        return "OK" if found.on_line else None
 
     async def _landed_safely(self, live: Live, commit: str) -> Appended | None:
         """The outcome of an append that landed; of that alone nobody knows whether it is safe."""
@@ -371,36 +416,42 @@ class Committer:
         Raises SessionNotFound, StateLost, UnknownFormat, Corrupt.
         """
         for _ in range(TRIES):
-            stands = (await self._store.standing([live.id]))[0]
+            stands = await self._store.stands(live.id)
             if stands is None:
                 raise SessionNotFound(live.id)
             if stands[0] == live.head.commit:
-                live.head.epoch = stands[1]
+                live.learn(stands[1])
                 return False
             known = live.head.known
             tail = await self._store.tail(live.id, live.head.seq, known)
             if tail is None:
                 raise SessionNotFound(live.id)
             if await self._heads.settle(live.id, known, tail):
-                return await self._follow(live, tail)
+                await self._follow(live, tail)
+                return True
         raise StoreUnavailable("the session changes faster than it can be followed")
 
-    async def _follow(self, live: Live, tail: Tail) -> bool:
-        if tail.on_line and tail.entries is not None:
+    async def _follow(self, live: Live, tail: Tail) -> None:
+        if tail.on_line and tail.entries is not None and _leads(tail, live.head.commit):
             large = live.session.layout.size >= THREADED
             for entry in tail.entries:
                 await self.compute(large, files.replay, live, entry, self._read_document)
             live.rebase(tail.head.snap, tail.head.chunks, tail.head.base)
-            live.head.epoch = tail.head.epoch
-            return bool(tail.entries)
-        # The log was cut since, or somebody accepted that the store went back: everything is read anew.
+            live.learn(tail.head.epoch)
+            return
+        # The log was cut since, or is not there any more, or somebody accepted that the store went back: everything is
+        # read anew, which raises Corrupt where nothing leads to the head.
         fresh = await self._reread(live.id, live.head.known)
         live.session, live.document, live.head = fresh.session, fresh.document, fresh.head
         live.done, live.kept, live.log = fresh.done, fresh.kept, fresh.log
         live.closed, live.asked = fresh.closed, fresh.asked
         live.log_bytes, live.unwritten = fresh.log_bytes, 0
         live.points.clear()
-        return True
+
+
+def _leads(tail: Tail, commit: str) -> bool:
+    """Whether the entries lead from `commit` to the head."""
+    return (tail.entries[-1].metadata.get("commit") if tail.entries else commit) == tail.head.commit
 
 
 def _heard(future: "asyncio.Future[Any]") -> None:

@@ -179,7 +179,8 @@ class Sessions:
 
     async def delete(self, request: Request, session: str) -> Response:
         _no_query(request)
-        await self._engine.delete(session, preconditions(_call(request).header(b"if-match")))
+        if_match = preconditions(_call(request).header(b"if-match"))
+        await self._engine.delete(session, if_match, access_of(request.scope).tenant)
         return Response(status_code=204)
 
     async def fork(self, request: Request, session: str) -> Response:

@@ -26,7 +26,7 @@ from xxhash import xxh3_128
 from core.aggregation.ledger import is_name
 from core.errors import CoreError, TooFarAhead
 from service import contributions, replies
-from service.access.rights import access_of
+from service.access.rights import access_of, path_of
 from service.documents import Event, Pending, StepRequest
 from service.engine import Engine
 from service.errors import Fault, InvalidRequest, Overloaded, ServiceError, StoreFull, StoreUnavailable
@@ -59,6 +59,7 @@ PREFIX: Final = "/v1/sessions"
 PING: Final = 15.0  # seconds; proxies take a connection for dead after 30 or 60 without a byte
 MAX_WAIT: Final = 60.0  # seconds
 TRY_AGAIN: Final = 0.5  # seconds
+_ADDRESS: Final = "ravine.address"  # where in a scope `matches` leaves what it found
 LARGE_JSON: Final = 256 << 10  # bytes from which JSON is parsed in a thread, so that others get their turns meanwhile
 
 T = TypeVar("T")
@@ -86,7 +87,7 @@ class DataPlane:
         """Whether this call is the data plane's, with whatever method."""
         if scope["type"] != "http":
             return False
-        session, resource = _address(scope)
+        session, resource = scope[_ADDRESS] = _address(scope)
         if session:
             return resource in self._calls and resource != ""
         return session == "" and scope["method"] == "POST" and _is_safetensors(scope)
@@ -96,7 +97,7 @@ class DataPlane:
         self._waits.end()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        session, resource = _address(scope)
+        session, resource = scope[_ADDRESS] if _ADDRESS in scope else _address(scope)
         method: str = scope["method"]
         result: Reply | Stream
         try:
@@ -284,10 +285,7 @@ async def _relay(events: AsyncIterator[Event], send: Send) -> None:
 
 def _address(scope: Scope) -> tuple[str | None, str]:
     """The session and what of it is meant: ("", "") for all sessions, (None, …) for any other path."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if root and path.startswith(root):
-        path = path[len(root) :]
+    path = path_of(scope)
     if path == PREFIX:
         return "", ""
     if not path.startswith(PREFIX + "/"):

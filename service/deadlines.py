@@ -9,6 +9,7 @@ happen: it is a commit like any other.
 
 import asyncio
 import contextlib
+import random
 import time
 from collections.abc import Awaitable, Callable
 
@@ -16,7 +17,7 @@ import structlog
 from redis.exceptions import RedisError
 
 from core.errors import CoreError
-from service.errors import ServiceError, SessionNotFound, StateLost, StoreFull, StoreUnavailable
+from service.errors import ServiceError, SessionNotFound, StateLost, StoreUnavailable, UnknownFormat
 from service.index import Index
 from service.store import STAGED_SECONDS
 
@@ -29,8 +30,10 @@ EARLY = 0.001
 # A round that cannot be closed when it is due is tried again after so many seconds, for so long: a contribution may
 # be in the log later than it was announced, as long as its chunks are kept for it.
 AGAIN, LOST = 2.0, 1.5 * STAGED_SECONDS
-# So many deadlines are looked at at once.
-MANY = 1000
+# So many deadlines are looked at at once. None may stay among the soonest for long, or it would hide others: one that
+# cannot be seen to is entered anew, later; of a session that is lost, or of another release, by so many seconds, or up
+# to twice as many, which is also how late the round may be closed once the session was accepted.
+MANY, POSTPONED = 1000, 10.0
 
 Alarm = tuple[str, int]
 
@@ -95,7 +98,7 @@ class Deadlines:
                         self._set(session, round_, due + GRACE, foreign=True)
             except StoreUnavailable:
                 pass  # who asks for something is told so
-            except (StoreFull, RedisError) as error:
+            except (ServiceError, RedisError) as error:
                 log.warning("deadlines cannot be read", reason=str(error))
             await asyncio.sleep(LOOK)
 
@@ -127,21 +130,32 @@ class Deadlines:
                 return
             else:
                 at = self._due[alarm] = time.time() + AGAIN
+                with contextlib.suppress(ServiceError):
+                    await self._index.postpone(*alarm, at)
 
     async def _ring(self, session: str, round_: int, *, foreign: bool) -> bool:
-        """Whether nothing more is to be done about the round."""
+        """Whether nothing more is to be done about the round, or not for a while."""
         try:
             if foreign and not await self._index.is_due(session, round_):
                 return True
             await self._close(session, round_)
         except SessionNotFound:
             pass
-        except StateLost:  # it may be accepted at any time, and the round goes on then
-            self._due[session, round_] = time.time() + AGAIN
-            return False
+        except (StateLost, UnknownFormat):  # it may be accepted at any time, or be another release's: it goes on then
+            return await self._postpone(session, round_)
         except (CoreError, ServiceError) as error:
             # It waits for its quorum, its contribution is on the way to the log, or the store is away.
             log.debug("round not closed yet", session=session, round=round_, reason=str(error))
             return False
         await self._forget(session, round_)
+        return True
+
+    async def _postpone(self, session: str, round_: int) -> bool:
+        """Whether the store has a later time for it, by which every replica will find it; else this one rings again."""
+        at = time.time() + random.uniform(1, 2) * POSTPONED  # not all at once
+        try:
+            await self._index.postpone(session, round_, at)
+        except ServiceError:
+            self._due[session, round_] = time.time() + AGAIN
+            return False
         return True

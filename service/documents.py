@@ -104,6 +104,7 @@ class Pending:
     held: bool  # whether there are parameters to wait for
     replayed: bool = False
     over: bool = False
+    commit: str = ""  # of the contribution
 
 
 @dataclass(slots=True)

@@ -44,9 +44,11 @@ from service.valkey import (
     DIRECTIVES,
     ENVIRONMENT,
     LOG_DIRECTORY,
+    RETIRED_LOG,
     EmbeddedFailed,
     find_binary,
     make_private,
+    move_log_away,
     open_pidfd,
     socket_path,
     sync_log,
@@ -59,11 +61,12 @@ if TYPE_CHECKING:
 Durability = Literal["snapshot", "everysec", "always"]
 _Answer = Literal["ready", "loading", "busy", "down"]
 
-_RETIRED_LOG = "appendonlydir.retired"
 # "up to the interval" of docs/guarantees.md is this minute.
 _SAVE_POINTS = "60 1"
 _MESSAGES_BYTES = 4 << 20
 _EXIT_SECONDS = 60.0
+# How long a server that is killed while it starts is started again.
+_KILLED_SECONDS = 30.0
 
 
 class Embedded:
@@ -129,14 +132,14 @@ class Embedded:
         """Start the server again whenever it dies, until cancelled. Failures are told and tried again."""
         pause = 0.1
         while self._running:
-            await self._until_death()
-            if not self._running:
-                return
-            self._say(f"The embedded server in {self.data} ended; starting it again on its data")
             try:
+                await self._until_death()
+                if not self._running:
+                    return
+                self._say(f"The embedded server in {self.data} ended; starting it again on its data")
                 await self.ensure()
                 pause = 0.1
-            except EmbeddedFailed as failure:
+            except (EmbeddedFailed, OSError) as failure:  # OSError: no descriptor is left to look with
                 self._say(f"{failure}\nTrying again in {pause:.1f} s")
                 await asyncio.sleep(pause)
                 pause = min(10.0, 2 * pause)
@@ -181,6 +184,7 @@ class Embedded:
             await self._bring_up()
 
     async def _bring_up(self) -> None:
+        deadline = time.monotonic() + _KILLED_SECONDS
         with self._translated("start"):
             await asyncio.to_thread(self._prepare)
             while True:
@@ -189,10 +193,16 @@ class Embedded:
                         await self._spawn()
                     elif self._child_ended():
                         self._child = None  # another process was faster
-                if await self._loaded():
-                    break
-            async with self._locked("valkey.lock"):
-                await self._apply_durability()
+                try:
+                    if await self._loaded():
+                        async with self._locked("valkey.lock"):
+                            return await self._apply_durability()
+                except redis.exceptions.ConnectionError:  # it had loaded, and was killed, or takes no more connections
+                    if self._gave_up() or time.monotonic() > deadline:
+                        raise
+                    await asyncio.sleep(0.05)
+                if self._child_ended() and time.monotonic() > deadline:
+                    raise self._failure("start before it was killed, again and again")
 
     def _prepare(self) -> None:
         self.data.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -255,6 +265,10 @@ class Embedded:
         """Whether our child has ended; reaps it."""
         return self._child is not None and self._child.poll() is not None
 
+    def _gave_up(self) -> bool:
+        """Whether our child ended by itself: started again, it would again. One that was killed would not."""
+        return self._child is not None and self._child.poll() is not None and self._child.returncode >= 0
+
     def _listening(self) -> bool:
         """Whether a server holds the socket. It need not reply: a busy server is not a dead one."""
         with socket.socket(socket.AF_UNIX) as probe:
@@ -273,16 +287,16 @@ class Embedded:
                 await asyncio.to_thread(self._child.wait)
             await asyncio.to_thread(self._clean)
             self._launch(alive)
-        while not self._listening():
-            if self._child_ended():
-                raise self._failure("start")
+        while not self._listening() and not self._child_ended():  # noqa: ASYNC110 - the server does not tell
             await asyncio.sleep(0.005)
+        if self._gave_up():
+            raise self._failure("start")
 
     def _clean(self) -> None:
         """Remove what killed servers left. Only under the lock `valkey.alive`."""
         for path in (*self.data.glob("temp-*"), *(self.data / LOG_DIRECTORY).glob("temp-*")):
             path.unlink(missing_ok=True)
-        shutil.rmtree(self.data / _RETIRED_LOG, ignore_errors=True)
+        shutil.rmtree(self.data / RETIRED_LOG, ignore_errors=True)
         messages = self.data / "valkey.log"
         if messages.exists() and messages.stat().st_size > _MESSAGES_BYTES:
             messages.replace(self.data / "valkey.log.1")
@@ -332,14 +346,15 @@ class Embedded:
         }
 
     async def _loaded(self) -> bool:
-        """Wait until the server has loaded its data; False if it died and was not our child."""
+        """Wait until the server has loaded its data; False if it was killed, or died and was not our child."""
         told = time.monotonic()
         while (answer := await self._answer()) != "ready":
             if answer == "down":
-                if self._child is None:
-                    return False
-                await asyncio.to_thread(self._child.wait)
-                raise self._failure("load its data")
+                if self._child:
+                    await asyncio.to_thread(self._child.wait)
+                if self._gave_up():
+                    raise self._failure("load its data")
+                return False
             if not self._running:
                 raise EmbeddedFailed("Stopped while the embedded server was loading")
             if time.monotonic() - told >= 1.0:
@@ -392,18 +407,7 @@ class Embedded:
                     raise
                 await asyncio.sleep(0.05)
         await server.config_set("appendonly", "no")
-        await asyncio.to_thread(self._move_log_away)
-
-    def _move_log_away(self) -> None:
-        retired = self.data / _RETIRED_LOG
-        shutil.rmtree(retired, ignore_errors=True)
-        (self.data / LOG_DIRECTORY).rename(retired)
-        directory = os.open(self.data, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-        shutil.rmtree(retired, ignore_errors=True)
+        await asyncio.to_thread(move_log_away, self.data)
 
     def _client(self, timeout: float | None) -> Redis:
         return Redis(

@@ -6,9 +6,10 @@ needs no arrays.
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ import orjson
 from core.errors import CoreError
 from core.evaluate import Evaluator
 from core.layout import Array
+from core.recipe import Recipe
 from core.session import Session
 from service import answers, crowd
 from service import live as files
@@ -28,16 +30,15 @@ from service.deadlines import Deadlines
 from service.documents import Applied, Document, Event, Pending, Point, Precondition, Record, Stamp, StepRequest, now
 from service.errors import (
     Corrupt,
-    Fault,
-    InvalidRequest,
     ServiceError,
     SessionNotFound,
     StepConflict,
     StoreFull,
     StoreUnavailable,
+    Superseded,
     UnknownFormat,
 )
-from service.ids import checked_id, new_commit, new_id
+from service.ids import checked_id, new_id
 from service.index import DEFAULT_TENANT
 from service.live import DocumentReader, Live
 from service.objects import record_of, session_object
@@ -48,7 +49,6 @@ from service.store import Store
 from service.tenants import Tenants
 from service.tracing import Tracing
 from service.waiting import Waiting
-from service.wire import safetensors
 
 T = TypeVar("T")
 
@@ -56,10 +56,6 @@ BATCH = 256
 BATCH_BYTES = 64 * 1024 * 1024
 # A session that leaves memory with fewer entries in its log is replayed as fast as a snapshot is written.
 WORTH_A_SNAPSHOT = 32
-
-
-class _Changed(StepConflict):
-    """Somebody else changed the session's document since room was made for a change of its size."""
 
 
 class Engine:
@@ -80,8 +76,8 @@ class Engine:
         self.evaluator = evaluator
         self._read_document = read_document
         self._max_state = max_state
-        self._tenants = Tenants(store, quota)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._tenants = Tenants(store, quota, self._spawn)
         self._residents = Residents(store, budget, self._spawn, self._revive, self._leaving, self._entered)
         self._live, self._heads = self._residents.live, self._residents.heads
         self._deadlines = Deadlines(store.index, self.close_round)
@@ -118,8 +114,8 @@ class Engine:
     ) -> tuple[dict[str, Any], Stamp]:
         """A new session of `tenant`. Raises InvalidRequest, TensorError, QuotaExceeded, StoreUnavailable, StoreFull."""
         check_size(document.recipe, self._max_state, "/shapes" if params is None else "/params")
-        session = Session.new(document.recipe, params, self.evaluator)
-        return await self._create(session, document, tenant, new=True)
+        make = self._apart(document, Session.new, document.recipe, params, self.evaluator)
+        return await self._create(make, document, tenant, new=True)
 
     async def restore(
         self, tensors: Mapping[str, Array], metadata: Mapping[str, str], tenant: str = DEFAULT_TENANT
@@ -131,45 +127,50 @@ class Engine:
             check_size(document.recipe, self._max_state, "/shapes")
             return document
 
-        session, document = files.restored(tensors, metadata, now(), read, self.evaluator)
-        return await self._create(session, document, tenant)
+        told = files.told(metadata, now(), read)
+        make = self._apart(told.document, told.session, tensors, self.evaluator)
+        return await self._create(make, told.document, tenant)
 
     async def fork(self, id_: str) -> tuple[dict[str, Any], Stamp]:
         """A new session from this one's state; it remembers neither its history nor its keys."""
 
-        def copy(live: Live) -> tuple[Session, Document, str]:
-            return live.frozen(), live.document, live.head.tenant
+        while True:
+            seen, tenant = await self._look(id_, lambda live: (live.document, live.head.tenant))
+            recipe = files.with_new_noise(seen.recipe)
+            make = partial(self._look, id_, partial(_copied, seen=seen, recipe=recipe), threaded=True)
+            with contextlib.suppress(Superseded):
+                return await self._create(make, replace(seen, recipe=recipe, created_at=now()), tenant)
 
-        session, document, tenant = await self._look(id_, copy, threaded=True)
-        session.recipe = files.with_new_noise(session.recipe)
-        return await self._create(session, replace(document, recipe=session.recipe, created_at=now()), tenant)
+    def _apart(self, document: Document, make: Callable[..., T], *arguments: Any) -> Callable[[], Awaitable[T]]:
+        """`make`, in a thread where a session of this `document` is large."""
+        large = bytes_of(document.recipe) >= files.THREADED
+        return partial(self._committer.compute, large, make, *arguments)
 
     async def _create(
-        self, session: Session, document: Document, tenant: str, *, new: bool = False
+        self, make: Callable[[], Awaitable[Session]], document: Document, tenant: str, *, new: bool = False
     ) -> tuple[dict[str, Any], Stamp]:
-        id_, commit, snap = new_id(), new_commit(), secrets.token_hex(4)
-        tensors, text = files.checkpoint(session, document)
-        if len(safetensors.write(tensors, text)[0]) > safetensors.MAX_HEADER:
-            raise InvalidRequest([Fault("/shapes", "the checkpoint's header would be longer than what is read back")])
-        if new:  # what every session starts with need not be stored
-            tensors = {name: array for name, array in tensors.items() if ":" not in name}
-        text |= {"commit": commit, "seq": "0"}
-        step, held = session.state.step, session.state.params is not None
-        fields: dict[str, str | int | bytes] = {"commit": commit, "step": step, "time": document.created_at}
-        fields |= {"document": orjson.dumps(files.describe(document)), "held": int(held)}
-        if tenant != DEFAULT_TENANT:
-            fields["tenant"] = tenant
-        deadline = session.state.ledger.deadline(document.recipe.aggregation)
+        """`make` gives the session's arrays. It is asked only once the tenant may have them, by the document alone: an
+        array that is refused costs as much as one that is not.
+        """
+        id_, snap = new_id(), secrets.token_hex(4)
         await self._tenants.enter(tenant, id_, document.labels, bytes_of(document.recipe))
         try:
+            session = await make()
+            fields, pieces = await self._apart(document, files.first, session, document, new)()
+            if tenant != DEFAULT_TENANT:
+                fields["tenant"] = tenant
+            deadline = session.state.ledger.deadline(document.recipe.aggregation)
             if deadline is not None:
-                await self._deadlines.announce(id_, step + 1, deadline)
-            await self._store.create(id_, snap, safetensors.write(tensors, text), fields)
-        except StoreFull:  # it was not made
+                await self._deadlines.announce(id_, session.state.step + 1, deadline)
+            await self._store.create(id_, snap, pieces, fields)
+        except StoreUnavailable:  # it may have been made, or yet be
+            raise
+        except (CoreError, ServiceError, MemoryError):
             await self._tenants.leave(tenant, id_, document.labels)
             raise
+        await self._tenants.made(tenant, id_, document.labels)
         if deadline is not None:  # once more: whoever looked before there was a session has taken it away
-            await self._deadlines.announce(id_, step + 1, deadline)
+            await self._deadlines.announce(id_, session.state.step + 1, deadline)
         return await self.session(id_)
 
     async def session(self, id_: str) -> tuple[dict[str, Any], Stamp]:
@@ -225,22 +226,30 @@ class Engine:
                 return found[:limit], len(found) > limit
             after = page[-1][0]
 
-    async def delete(self, id_: str, if_match: Precondition | None) -> None:
-        """Even of a session that is lost. Raises SessionNotFound, StepConflict, UnknownFormat."""
+    async def delete(self, id_: str, if_match: Precondition | None, tenant: str = DEFAULT_TENANT) -> None:
+        """Even of a session that is lost. Raises SessionNotFound, StepConflict, UnknownFormat.
+
+        `tenant` is whose it would be where there is none.
+        """
         while True:
             head = await self._store.head(checked_id(id_))
             if head is None:
+                await self.tidy(id_, tenant)
                 raise SessionNotFound(id_)
             if if_match is not None and not if_match.holds(Stamp(head.step, head.mark)):
                 raise StepConflict(head.step, head.mark)
             outcome = await self._store.delete(id_, head, None if if_match is None else head.commit)
-            if outcome != "STALE":
+            if outcome == "OK":  # GONE wrote nothing that a barrier could have vouched for: it is told as not found
                 break
         self._deadlines.seen_to(id_, head.step + 1)
         await self._tenants.leave(head.tenant, id_, orjson.loads(head.document)["labels"])
         if (live := self._live.get(id_)) is not None:
             self._residents.forget(live)
         self._heads.drop(id_)
+
+    async def tidy(self, id_: str, tenant: str) -> None:
+        """Takes out of the tenant's list and usage a session that it does not have: its deletion was broken off."""
+        await self._tenants.leave(tenant, checked_id(id_), {})
 
     # Changing
 
@@ -265,8 +274,8 @@ class Engine:
         """What became of the round that a contribution went into: its step if it is closed, else Pending as before."""
 
         def read(live: Live) -> Applied | Pending:
-            round_, position, commit = pending.round, pending.received, pending.stamp.commit
-            return answers.of_round(live, request, round_, position, commit, replayed=pending.replayed)
+            round_, position = pending.round, pending.received
+            return answers.of_round(live, request, round_, position, pending.commit, replayed=pending.replayed)
 
         told: Applied | Pending = await self._enqueue(id_, Look(new_future(), read, threaded=True, acknowledges=True))
         return told if isinstance(told, Pending) else encode(told)  # neither points nor kept updates ever change
@@ -308,7 +317,7 @@ class Engine:
             changed = change(document)
             check_size(changed.recipe, self._max_state, "/optimizer")
             if seen is not None and seen is not document and bytes_of(changed.recipe) != bytes_of(document.recipe):
-                raise _Changed(0, "")
+                raise Superseded
             return changed
 
         def look(live: Live) -> tuple[Document, str, int, int, int]:
@@ -324,7 +333,7 @@ class Engine:
                 async with self._tenants.room(tenant, id_, *sizes):
                     before, after = await self._enqueue(id_, Change(new_future(), if_match, change=within))
                 break
-            except _Changed:
+            except Superseded:
                 continue
         await self._tenants.relabel(tenant, id_, before.labels, after.labels)
         try:
@@ -455,3 +464,12 @@ class Engine:
 
     def _entered(self, live: Live) -> None:
         self._spawn(self._tenants.count(live.id, replace(live.head)))
+
+
+def _copied(live: Live, seen: Document, recipe: Recipe) -> Session:
+    """A copy, with `recipe`. Raises Superseded where the session's document is not `seen` any more."""
+    if live.document is not seen:
+        raise Superseded
+    session = live.frozen()
+    session.recipe = recipe
+    return session

@@ -8,6 +8,7 @@ ServiceError
 ├── Forbidden             a key that is not for this call
 ├── SessionNotFound
 ├── StepConflict          If-Match does not hold (step, commit)
+├── Superseded            what was looked at has changed since; nobody is told: it is looked at again
 ├── NoRounds              each contribution is a step (mode)
 ├── StateLost             the store went back (acknowledged, found: where the session stood and stands)
 ├── UnknownFormat         the store has what a newer release wrote (format, supported)
@@ -73,6 +74,10 @@ class StepConflict(ServiceError):
         super().__init__(f"If-Match does not hold: the session stands at step {step}")
         self.step = step
         self.commit = commit
+
+
+class Superseded(ServiceError):
+    """Somebody else changed the session's document since a change of it, or a copy, was made room for."""
 
 
 class Place(NamedTuple):

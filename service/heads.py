@@ -26,8 +26,13 @@ Why nothing but a loss looks like one:
   forks and restored checkpoints have ids of their own. A deletion that the store lost is not noticed.
 - **Accepting** raises the session's epoch. Who remembers a place off the line with an older epoch reads the session
   anew; with the same or a newer one the store went back again. The mark takes the epoch of who saw the loss, so that an
-  epoch that was lost itself is never given twice. An accepted head keeps its commit, so a service that stood there goes
-  on; it learns of the epoch when it reads, or by the look below.
+  epoch that was lost itself is never given twice, and what a service knows of the epoch never sinks.
+- **A place has at least the epoch of the line that it was seen on**, or what was seen after a loss would be read anew
+  silently at the next one. An accepted head keeps its commit, so a service that stood there goes on as if nothing had
+  happened: it learns of the epoch with whatever moves it on. That is the script that appends (commit.lua), which
+  answers with the epoch; where its reply was lost, the look that finds the place on the line; entries of others and
+  what is read anew come with the head. So it is told of no step after the accepted head without its epoch. While it
+  stays at that head the epoch is of no use: all that it saw was there when that was accepted.
 - **Two stores at once**, an old primary and a new one behind one address: the mark is set only on the head that was
   compared, in one script. If it is another by then, all is looked at again.
 
@@ -37,25 +42,32 @@ and now and then anyway: so that a loss is noticed before somebody steps on, mos
 
 import asyncio
 import contextlib
-from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import islice
 
 import structlog
 from redis.exceptions import RedisError
 
 from service.errors import Corrupt, ServiceError, SessionNotFound, StateLost, StoreFull, StoreUnavailable, UnknownFormat
+from service.link import ClusterLink
 from service.live import Live
 from service.records import Head, Known, Stored, Tail, state_lost
 from service.store import Store
 
 log = structlog.get_logger("ravine.heads")
 
-# Places of sessions that are not in memory, those that were longest not in use forgotten first.
-REMEMBERED = 65_536
+# Places of sessions that are not in memory, those that were longest not in use forgotten first, so many at once: each
+# by itself would have to be looked for behind all that are gone already.
+REMEMBERED, FORGOTTEN = 65_536, 1024
+# Bytes of memory of a place with its id. As tuples in an OrderedDict it was 370.
+PLACE = 200
 # Seconds between two looks at which server it is, and between two looks at all places even if it is the same.
 LOOK, EVERY = 0.5, 30.0
-# So many places are looked at together, and the pause after them: 50,000 take some seconds, and nobody waits for it.
-BATCH, PAUSE = 200, 0.01
+# So many places are looked at together, fewer in a cluster, where each takes one of the turns that all calls share; and
+# the pause after them: 50,000 take some seconds, and nobody waits for it. The next look at all of them is not before so
+# many times what the last one took.
+BATCH, CLUSTER_BATCH, PAUSE = 200, 20, 0.01
+REST = 10
 # How often a place is compared anew because the session was changed in between.
 TRIES = 20
 
@@ -66,7 +78,7 @@ class Heads:
     def __init__(self, store: Store, live: Mapping[str, Live]) -> None:
         self._store = store
         self._live = live
-        self._remembered: OrderedDict[str, Known] = OrderedDict()
+        self._remembered: dict[str, str] = {}  # id -> place, the last that was used last
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -80,21 +92,32 @@ class Heads:
 
     # Places
 
+    @property
+    def cost(self) -> int:
+        """Bytes of memory that the places of sessions take which are not in memory."""
+        return PLACE * len(self._remembered)
+
     def known(self, id_: str) -> Known | None:
         """Where the session was last seen; None: not known, or it is at work and looks by itself."""
         live = self._live.get(id_)
         if live is None:
-            return self._remembered.get(id_)
+            return self._place(id_)
         return live.head.known if live.runner is None else None
+
+    def _place(self, id_: str) -> Known | None:
+        place = self._remembered.get(id_)
+        return None if place is None else Known.read(place)
 
     def remember(self, live: Live) -> None:
         """It leaves memory, or was changed when it had left."""
-        known, before = live.head.known, self._remembered.get(live.id)
-        if before is None or (before.epoch, before.seq) <= (known.epoch, known.seq):
-            self._remembered[live.id] = known
-        self._remembered.move_to_end(live.id)
+        known, before = live.head.known, self._place(live.id)
+        if before is not None and (before.epoch, before.seq) > (known.epoch, known.seq):
+            known = before
+        self._remembered.pop(live.id, None)
+        self._remembered[live.id] = known.text
         if len(self._remembered) > REMEMBERED:
-            self._remembered.popitem(last=False)
+            for id_ in list(islice(self._remembered, FORGOTTEN)):
+                del self._remembered[id_]
 
     def drop(self, id_: str) -> None:
         """It is gone."""
@@ -110,7 +133,7 @@ class Heads:
             self.drop(id_)
             raise SessionNotFound(id_)
         if known is not None and head.seq <= known.seq and head.commit != known.commit:
-            head = await self._compare(id_, known)
+            head = await self._compared(id_, known)
         if head.lost is not None:
             raise state_lost(id_, head)
         return head
@@ -122,9 +145,10 @@ class Heads:
         Raises StateLost, with the session marked as lost; SessionNotFound, StoreUnavailable.
         """
         head = found.head
-        off = known is not None and not found.on_line and head.epoch <= known.epoch
-        if known is not None and off and (head.lost is None or head.lost.seq < known.seq):
-            return await self._lose(id_, known, head)
+        if known is not None and not found.on_line and head.epoch <= known.epoch:
+            marked = head.lost is not None and head.lost.seq >= known.seq and head.epoch == known.epoch
+            if not marked:
+                return await self._lose(id_, known, head)
         if head.lost is not None:
             raise state_lost(id_, head)
         return True
@@ -138,12 +162,20 @@ class Heads:
             raise SessionNotFound(id_)
         if outcome == "STALE":
             return False
-        error = state_lost(id_, found, known)
+        more = found.lost is None or found.lost.seq < known.seq
+        error = state_lost(id_, found, known if more else None)
         log.error("the store lost steps", session=id_, seen=error.acknowledged.step, found=error.found.step)
         raise error
 
-    async def _compare(self, id_: str, known: Known) -> Head:
+    async def _compared(self, id_: str, known: Known) -> Head:
         """The head, after it was compared with the place. Raises what `settle` does, and UnknownFormat."""
+        head = await self._compare(id_, known)
+        if head is None:
+            raise StoreUnavailable("the session changes faster than it can be looked at")
+        return head
+
+    async def _compare(self, id_: str, known: Known) -> Head | None:
+        """As `_compared`; None where it changed each time before it could be marked."""
         for _ in range(TRIES):
             found = await self._store.tail(id_, -2, known)
             if found is None:
@@ -151,7 +183,7 @@ class Heads:
                 raise SessionNotFound(id_)
             if await self.settle(id_, known, found):
                 return found.head
-        raise StoreUnavailable("the session changes faster than it can be looked at")
+        return None
 
     # Looking at all of them
 
@@ -163,8 +195,9 @@ class Heads:
             try:
                 now_at = await self._store.link.servers()
                 if now_at != server or loop.time() > due:
+                    began = loop.time()
                     await self._look_at_all()
-                    server, due = now_at, loop.time() + EVERY
+                    server, due = now_at, loop.time() + max(EVERY, REST * (loop.time() - began))
             except StoreUnavailable:
                 server = ""  # whatever comes back is to be looked at
             except (ServiceError, RedisError) as error:
@@ -172,15 +205,18 @@ class Heads:
 
     async def _look_at_all(self) -> None:
         ids = [*self._live, *self._remembered]
-        for start in range(0, len(ids), BATCH):
-            places = {id_: known for id_ in ids[start : start + BATCH] if (known := self.known(id_)) is not None}
+        batch = CLUSTER_BATCH if isinstance(self._store.link, ClusterLink) else BATCH
+        for start in range(0, len(ids), batch):
+            places = {id_: known for id_ in ids[start : start + batch] if (known := self.known(id_)) is not None}
             standing = await self._store.standing(list(places))
             for (id_, known), stands in zip(places.items(), standing, strict=True):
                 if stands is None:
                     self.drop(id_)
+                elif isinstance(stands, Corrupt):
+                    continue  # whoever asks for it is told
                 elif stands[0] != known.commit:
                     await self._look_at(id_, known)
-                elif stands[1] != known.epoch:
+                elif stands[1] > known.epoch:
                     self._accepted(id_, known, stands[1])
             await asyncio.sleep(PAUSE)
 
@@ -188,13 +224,13 @@ class Heads:
         """The session was changed by others, or the store went back: which is then marked, and told of in the log."""
         with contextlib.suppress(StateLost, SessionNotFound, UnknownFormat, Corrupt):
             head = await self._compare(id_, known)
-            if self._remembered.get(id_) == known:
-                self._remembered[id_] = head.known
+            if head is not None and self._place(id_) == known:
+                self._remembered[id_] = head.known._replace(epoch=max(head.epoch, known.epoch)).text
 
     def _accepted(self, id_: str, known: Known, epoch: int) -> None:
         """The session stands where it was seen, and what others had seen of it is given up."""
         live = self._live.get(id_)
-        if live is None:
-            self._remembered[id_] = known._replace(epoch=epoch)
-        elif live.runner is None and live.head.commit == known.commit:
-            live.head.epoch = epoch
+        if live is None and self._place(id_) == known:
+            self._remembered[id_] = known._replace(epoch=epoch).text
+        elif live is not None and live.runner is None and live.head.commit == known.commit:
+            live.learn(epoch)

@@ -370,10 +370,9 @@ async def send_reply(send: Send, reply: Reply, *, head: bool = False) -> None:
         body = b"" if head else pieces[0] if len(pieces) == 1 else b"".join(pieces)
         await send({"type": "http.response.body", "body": body})
         return
-    batches = list(_batches(pieces))
-    for batch in batches[:-1]:
+    for batch in _batches(pieces):
         await send({"type": "http.response.body", "body": batch, "more_body": True})
-    await send({"type": "http.response.body", "body": batches[-1]})
+    await send({"type": "http.response.body", "body": b""})  # once the others are on their way: until then it is held
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[Piece]:

@@ -61,14 +61,22 @@ class Index:
 
     async def count(self) -> int:
         """The sessions of all tenants; those that are only just being made or ended may be among them."""
-        tenants = [DEFAULT_TENANT, *(member.decode() for member in await self._read("SMEMBERS", TENANTS))]
-        return sum(await asyncio.gather(*[self._read("ZCARD", sessions_key(tenant)) for tenant in tenants]))
+        names = [sessions_key(tenant) for tenant in await self.tenants()]
+        return sum(await asyncio.gather(*[self._read("ZCARD", name) for name in names]))
+
+    async def tenants(self) -> list[str]:
+        """Their names, in order, that of `default` first; some may have no sessions any more."""
+        return [DEFAULT_TENANT, *sorted(member.decode() for member in await self._read("SMEMBERS", TENANTS))]
 
     # Rounds
 
     async def announce(self, session: str, round_: int, due: float) -> None:
         """`round_` of the session is to be looked at when it is `due`, in Unix seconds."""
         await self._call("ZADD", DEADLINES, repr(due), f"{session} {round_}")
+
+    async def postpone(self, session: str, round_: int, due: float) -> None:
+        """`round_` is to be looked at when it is `due`, unless somebody has seen to it meanwhile."""
+        await self._call("ZADD", DEADLINES, "XX", repr(due), f"{session} {round_}")
 
     async def deadlines(self, until: float, limit: int) -> list[tuple[str, int, float]]:
         """Session, round and time of at most `limit` rounds that are due before `until`, soonest first."""

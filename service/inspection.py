@@ -21,18 +21,23 @@ class Inspection(NamedTuple):
 
 async def inspect(store: Store, session: str) -> Inspection | None:
     """None: no such session. Raises UnknownFormat, Corrupt (where not even the head can be read), StoreUnavailable."""
-    head, entries = await store.head(session), None
+    try:
+        stored = await store.load(session)
+    except Corrupt as fault:
+        return await _damaged(store, session, str(fault))
+    return None if stored is None else Inspection(stored.head, stored.entries, stored.metadata, None)
+
+
+async def _damaged(store: Store, session: str, fault: str) -> Inspection | None:
+    """The log, where it can be read, though not the whole can."""
+    head = await store.head(session)
     if head is None:
         return None
     try:
         tail = await store.tail(session, -1)
-        if tail is None:
-            return None
-        head, entries = tail.head, tail.entries
-        stored = await store.load(session)
-    except Corrupt as fault:
-        return Inspection(head, entries, None, str(fault))
-    return None if stored is None else Inspection(stored.head, stored.entries, stored.metadata, None)
+    except Corrupt:
+        return Inspection(head, None, None, fault)
+    return None if tail is None else Inspection(tail.head, tail.entries, None, fault)
 
 
 def described(session: str, found: Inspection) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AskError, MovedError, RedisClusterException, RedisError, ResponseError
 
 from service.acks import Ack, AckImpossible, Barrier
-from service.errors import StoreFull, StoreUnavailable, Unconfirmed
+from service.errors import Corrupt, StoreFull, StoreUnavailable, Unconfirmed
 
 log = structlog.get_logger("ravine.link")
 
@@ -85,7 +85,7 @@ def refused(error: ResponseError) -> Exception:
         return StoreFull(text)
     if code in _AWAY:
         return StoreUnavailable(text)
-    return error
+    return Corrupt(text) if code == "WRONGTYPE" else error
 
 
 def spawn(tasks: set[asyncio.Task[None]], coroutine: Coroutine[Any, Any, None]) -> None:

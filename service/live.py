@@ -24,8 +24,10 @@ from core.state import State, state_of, tensors_of, workers_of
 from service import tensors as forms
 from service.documents import Document, Point, Stamp
 from service.errors import Corrupt, Fault, InvalidRequest, UnknownFormat
+from service.ids import new_commit
 from service.records import FORMAT as STORED
-from service.records import Head, LogEntry, Stored
+from service.records import Head, LogEntry, Pieces, Stored
+from service.wire import safetensors
 from service.wire.json import MAX_INTEGER
 
 FORMAT = "1"
@@ -152,6 +154,10 @@ class Live:
         self.head.snap, self.head.chunks, self.head.base = snap, chunks, base
         del self.log[: max(len(self.log) - (self.head.seq - base), 0)]
         self.log_bytes, self.unwritten = sum(entry.size for entry in self.log), 0
+
+    def learn(self, epoch: int) -> None:
+        """Takes note of what was accepted. What it knows of that does not sink: a store that went back may say less."""
+        self.head.epoch = max(self.head.epoch, epoch)
 
     def advance(self, entry_commit: str, chunks: int, size: int, updated_at: str, *, visible: bool = True) -> None:
         """Memory stands at `entry_commit` now; not `visible`: it changed nothing that a client can see."""
@@ -340,14 +346,38 @@ def snapshot(live: Live, *, copy: bool) -> tuple[dict[str, Array], dict[str, str
     return tensors, text
 
 
-def restored(
-    tensors: Mapping[str, Array],
-    text: Mapping[str, str],
-    created_at: str,
-    read_document: DocumentReader,
-    evaluator: Evaluator,
-) -> tuple[Session, Document]:
-    """A session from a checkpoint's tensors and text. Raises InvalidState and what `read_document` raises."""
+def first(session: Session, document: Document, new: bool) -> tuple[dict[str, str | int | bytes], Pieces]:
+    """What the store is given of a session that is made: the fields of its head, and its first snapshot.
+
+    `new`: it is at its very start. Raises InvalidRequest where it could not be read back.
+    """
+    tensors, text = checkpoint(session, document)
+    if len(safetensors.write(tensors, text)[0]) > safetensors.MAX_HEADER:
+        raise InvalidRequest([Fault("/shapes", "the checkpoint's header would be longer than what is read back")])
+    if new:  # what every session starts with need not be stored
+        tensors = {name: array for name, array in tensors.items() if ":" not in name}
+    commit, held = new_commit(), session.state.params is not None
+    fields: dict[str, str | int | bytes] = {"commit": commit, "step": session.state.step, "time": document.created_at}
+    fields |= {"document": orjson.dumps(describe(document)), "held": int(held)}
+    return fields, safetensors.write(tensors, text | {"commit": commit, "seq": "0"})
+
+
+class Told(NamedTuple):
+    """What the text of a checkpoint tells, before any array is made."""
+
+    document: Document
+    step: int
+    moves: int
+    workers: dict[str, Any]
+
+    def session(self, tensors: Mapping[str, Array], evaluator: Evaluator) -> Session:
+        """Raises InvalidState."""
+        recipe = self.document.recipe
+        return Session(recipe, state_of(recipe, self.step, tensors, self.moves, self.workers), evaluator)
+
+
+def told(text: Mapping[str, str], created_at: str, read_document: DocumentReader) -> Told:
+    """Raises InvalidState and what `read_document` raises."""
     if text.get("ravine") != FORMAT:
         raise InvalidState(f"the file is not a checkpoint of format {FORMAT}: `ravine` is {text.get('ravine')!r}")
     try:
@@ -360,9 +390,19 @@ def restored(
         raise InvalidState("the checkpoint's `workers` is no object")
     if not isinstance(described, dict) or not 0 <= step <= MAX_INTEGER:
         raise InvalidState("the checkpoint's `recipe` is no object, or its `step` is no step")
-    document = read_document(described | {"created_at": created_at})
-    state = state_of(document.recipe, step, tensors, moves, workers)
-    return Session(document.recipe, state, evaluator), document
+    return Told(read_document(described | {"created_at": created_at}), step, moves, workers)
+
+
+def restored(
+    tensors: Mapping[str, Array],
+    text: Mapping[str, str],
+    created_at: str,
+    read_document: DocumentReader,
+    evaluator: Evaluator,
+) -> tuple[Session, Document]:
+    """A session from a checkpoint's tensors and text. Raises InvalidState and what `read_document` raises."""
+    known = told(text, created_at, read_document)
+    return known.session(tensors, evaluator), known.document
 
 
 def _count(text: str) -> int:

@@ -2,14 +2,20 @@
 
 A line per request would cost 50 µs through a logging framework, half of what a small step takes. So these lines are
 made here and written together ten times a second; everything else goes through structlog.
+
+A line that cannot be written (the disk is full, nobody reads the pipe) is lost, and whoever wrote it goes on: the task
+that starts the store again tells of it first.
 """
 
 import asyncio
+import contextlib
+import io
 import re
 import sys
+import time
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, cast
 
 import orjson
 import structlog
@@ -19,6 +25,22 @@ _SECRET = re.compile(r"(rvn_[a-z0-9]{12,32}_)[A-Za-z0-9_-]+")
 
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 FLUSH_SECONDS = 0.1
+
+
+class _Lossy(io.TextIOBase):
+    """`stream`, that never fails: what cannot be written is lost."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
 
 
 def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
@@ -40,9 +62,14 @@ def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr) -> Non
             structlog.processors.format_exc_info if form == "json" else _as_it_is,
             renderer,
         ],
-        logger_factory=structlog.PrintLoggerFactory(stream),
+        logger_factory=structlog.PrintLoggerFactory(cast(TextIO, _Lossy(stream))),
         cache_logger_on_first_use=True,
     )
+
+
+def say(text: str) -> None:
+    """To whoever started the process."""
+    print(text, file=_Lossy(sys.stderr), flush=True)
 
 
 def _as_it_is(_logger: Any, _method: str, event: Any) -> Any:
@@ -69,12 +96,22 @@ class AccessLog:
 
     def __init__(self, form: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
         self._json = form == "json"
-        self._stream = stream
+        self._stream = _Lossy(stream)
         self._lines: list[str] = []
         self._scheduled = False
+        self._second = -1
+        self._until_second = ""
+
+    def _now(self) -> str:
+        """As isoformat has it; made anew once a second, for it takes as long as the rest of a line."""
+        second, rest = divmod(time.time_ns() // 1000, 1_000_000)
+        if second != self._second:
+            self._second = second
+            self._until_second = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S.")
+        return f"{self._until_second}{rest:06}Z"
 
     def write(self, method: str, path: str, status: int, seconds: float, request: str) -> None:
-        moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        moment = self._now()
         if self._json:
             line = orjson.dumps(
                 {
@@ -101,5 +138,5 @@ class AccessLog:
         self._scheduled = False
         if self._lines:
             self._stream.write("\n".join(self._lines) + "\n")
-            self._stream.flush()
             self._lines.clear()
+            self._stream.flush()

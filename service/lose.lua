@@ -7,9 +7,12 @@
 local head = redis.call('HMGET', KEYS[1], 'commit', 'seq', 'lost', 'epoch')
 if not head[1] then return {'GONE'} end
 if head[1] ~= ARGV[1] or head[2] ~= ARGV[2] then return {'STALE'} end
-if head[3] and tonumber(cjson.decode(head[3])['seq']) >= tonumber(ARGV[4]) then return {'OK'} end
-local epoch = math.max(tonumber(head[4] or '0'), tonumber(ARGV[5]))
-redis.call('HSET', KEYS[1], 'lost', ARGV[3], 'epoch', epoch)
+local more = not head[3] or tonumber(cjson.decode(head[3])['seq']) < tonumber(ARGV[4])
+local before = tonumber(head[4] or '0')
+local epoch = math.max(before, tonumber(ARGV[5]))
+if not more and epoch == before then return {'OK'} end
+redis.call('HSET', KEYS[1], 'epoch', epoch)
+if more then redis.call('HSET', KEYS[1], 'lost', ARGV[3]) end
 if not head[3] then redis.call('HSET', KEYS[1], 'commit', 'lost:' .. head[1]) end
 redis.call('PUBLISH', ARGV[6], ARGV[7])
 return {'OK'}

@@ -57,6 +57,7 @@ class Metrics(Collector):
         self._count_sessions = count_sessions
         self._about = dict(about)
         self._sessions: int | None = None
+        self._writing: dict[bool, asyncio.Task[tuple[bytes, str]]] = {}  # by whether it is OpenMetrics
         self._gauges: list[Gauge] = []
         self._counters: list[Counter] = []
         self._registry = CollectorRegistry()
@@ -74,14 +75,25 @@ class Metrics(Collector):
         self._counters.append(Counter(name, help_, label, read))
 
     async def text(self, accept: str) -> tuple[bytes, str]:
-        """All metrics and their media type: OpenMetrics where `accept` names it, else Prometheus' own text."""
+        """All metrics and their media type: OpenMetrics where `accept` names it, else Prometheus' own text.
+
+        Whoever asks while it is being written is given the same: scrapes are let in without end.
+        """
+        form = "application/openmetrics-text" in accept
+        writing = self._writing.get(form)
+        if writing is None:
+            writing = self._writing[form] = asyncio.create_task(self._text(form))
+            writing.add_done_callback(lambda _: self._writing.pop(form))
+        return await asyncio.shield(writing)
+
+    async def _text(self, open_: bool) -> tuple[bytes, str]:
         try:
             async with asyncio.timeout(PATIENCE):
                 self._sessions = await self._count_sessions()
         except (StoreUnavailable, StoreFull, TimeoutError):
             self._sessions = None
         # A thousand lines take 10 ms: in a thread, so that steps go on meanwhile.
-        if "application/openmetrics-text" in accept:
+        if open_:
             return await asyncio.to_thread(openmetrics.generate_latest, self._registry), openmetrics.CONTENT_TYPE_LATEST
         return await asyncio.to_thread(generate_latest, self._registry), CONTENT_TYPE_PLAIN_0_0_4
 

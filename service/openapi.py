@@ -32,8 +32,9 @@ _KEY: Final = {
     "type": "http",
     "scheme": "bearer",
     "bearerFormat": "rvn_…",
-    "description": "A key that the operator made with `ravine keys create`. Scope `admin`: all calls; `session`: all "
-    "but the operator's; `worker`: contributes to one session and pulls from it. Sessions of others are not there.",
+    "description": "A key that the operator made with `ravine keys create`. Scope `admin`: all calls, `/metrics` in "
+    "the tenant `default` alone; `session`: all but that; `worker`: contributes to one session and pulls from it. "
+    "Sessions of others are not there.",
 }
 
 

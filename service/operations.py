@@ -262,7 +262,8 @@ SERVICE: Final = (
         id="readMetrics",
         tag="Operation",
         summary="Read what is measured, as Prometheus does.",
-        description="In OpenMetrics where Accept names `application/openmetrics-text`, else in Prometheus' own text.",
+        description="In OpenMetrics where Accept names `application/openmetrics-text`, else in Prometheus' own text. "
+        "Where keys are asked for, it takes one of scope `admin` of the tenant `default`, for it tells of all tenants.",
         answers={
             200: Answer(
                 "All metrics of this process.",
@@ -284,8 +285,8 @@ def _guarded(operation: Operation) -> Operation:
         return operation
     forbidden = ("forbidden",) if right > Right.KEY else ()
     store = () if "store-unavailable" in operation.problems else ("store-unavailable",)
-    counted = () if operation.path == "/metrics" else ("quota-exceeded",)
-    return replace(operation, problems=(*operation.problems, "unauthenticated", *forbidden, *counted, *store))
+    refused = ("unauthenticated", *forbidden, "quota-exceeded", *store)
+    return replace(operation, problems=(*operation.problems, *refused))
 
 
 OPERATIONS: Final = tuple(map(_guarded, (*SESSIONS, *STEPS, *_families(), *SERVICE)))

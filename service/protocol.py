@@ -4,17 +4,14 @@ uvicorn parses (llhttp) and answers; what is added here are deadlines and bounds
 
 - A head must be whole within `head_seconds` of the connection, or of its own first bytes (408; silent connections are
   closed without a word), and within MAX_HEAD bytes and MAX_HEADERS headers (431).
-- A client that does not read is cut off once nothing has left the buffer for `stall_seconds`. A slow one is not: what
-  counts is that it goes on, and not how long it takes.
 - More connections than there may be are told 503 and closed. Requests that are sent ahead of replies (pipelining) are
   read only as far as a bounded number of them waits, in each connection and in all together.
 - What could be read in two ways is refused (400), for a proxy may have read it in the other one: no Host or two,
   codings beside chunked, chunks with more around them than in them. Trailers never pass for headers. (llhttp itself
   refuses two lengths, a length beside Transfer-Encoding, and lines that end otherwise than in CR LF.)
-- Bytes that nobody wants any more are read for LINGER seconds before the connection is closed: closed at once, the
-  kernel would answer them with a reset, which makes the client lose the reply that it has not read yet.
 
-Bodies have their deadlines in bodies.py, since only who reads them knows that they are waited for.
+Bodies have their deadlines in bodies.py, since only who reads them knows that they are waited for. How replies go out,
+and how connections end, is in outlet.py.
 
 The hot path, a request that arrives whole on a connection that is kept, sets no timer and cancels none. uvicorn sets
 one for each reply, for the silence that may follow; here one timer a connection looks, when it fires, how long the
@@ -24,30 +21,30 @@ A WebSocket is not offered; a request to upgrade to anything is answered as if i
 """
 
 import asyncio
+from collections.abc import Collection
 from typing import Any, ClassVar, Final, cast
 
 import httptools
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from service.admission import ARRIVED, Admission
+from service.admission import ARRIVED, TICKET, Admission, Ticket
+from service.outlet import PlainOutlet, TlsOutlet, outlet_of
 from service.problems import HeadTooLarge, MalformedRequest, RequestTimeout, told
 
 MAX_HEAD: Final = 64 << 10  # bytes
 MAX_HEADERS: Final = 100
 # An unwanted body up to so long is read to its end, and the connection kept.
 DRAINED: Final = 1 << 20
-LINGER: Final = 5.0  # seconds
-# So many connections that were turned away are closed in that orderly way at a time; the others at once.
-LINGERING: Final = 128
 # Requests that wait behind one in flight: in a connection, and in all for each that may be in flight.
 PIPELINED, PIPELINED_OF_ALL = 256, 16
+HEARD_BEHIND: Final = 16  # of them, while the one in flight waits: more are not read
 # Bytes around those of a chunk, for each of these; and how many more there may be, trailers included.
 OVERHEAD, EXCESS = 16, 64 << 10
-LOOKS: Final = 4  # into a buffer that is to drain, in the time in which it may stand still
 
 # Where the parser is.
 _BETWEEN, _HEAD, _BODY = range(3)
+_VERSIONS: Final = frozenset(("1.0", "1.1"))
 _LOOKED_AT: Final = frozenset((b"host", b"transfer-encoding", b"expect"))
 
 
@@ -58,12 +55,13 @@ class Guarded(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._outlet: Outlet | None = None  # None: not let in, or over
+        self._outlet: PlainOutlet | TlsOutlet | None = None  # None: not let in, or over
         self._at = _BETWEEN
         self._hosts = 0
         self._since = 0.0  # the connection, or the silence after the last reply, began
         self._head_since = 0.0  # the head that is not whole yet began; 0.0: there is none
-        self._head_size = 0  # of its parts that came before the last one
+        self._head_size = 0  # of its parts but the first and the last
+        self._begun = False  # what came last has the beginning of the message
         self._long = False  # what came was long enough for a head that is too large
         self._watch: asyncio.TimerHandle | None = None
         self._body_size = 0  # of all bodies so far
@@ -84,14 +82,14 @@ class Guarded(HttpToolsProtocol):
         admission.connections += 1
         super().connection_made(transport)
         self.flow = Flow(transport, self)
-        self._outlet = Outlet(self, transport)
+        self._outlet = outlet_of(self, transport)
         self.transport = cast("asyncio.Transport", self._outlet)
         self._since = self.loop.time()
         self._watch = self.loop.call_at(self._since + admission.limits.head_seconds, self._look)
 
     def _turn_away(self, transport: asyncio.Transport) -> None:
         error = self.admission.overloaded("connections")
-        self._outlet = Outlet(self, transport, counted=False)
+        self._outlet = outlet_of(self, transport, counted=False)
         self.transport = cast("asyncio.Transport", self._outlet)
         transport.write(_reply(error))
         self._outlet.end()
@@ -130,7 +128,7 @@ class Guarded(HttpToolsProtocol):
             return
         if len(data) > MAX_HEAD:
             self._long = True
-        size = len(data)
+        size, self._begun = len(data), False
         try:
             while data:
                 try:
@@ -152,6 +150,9 @@ class Guarded(HttpToolsProtocol):
         """
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        # After a request to close, this one would take all that comes for what follows the end.
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def _go_on(self, size: int) -> None:
@@ -160,7 +161,8 @@ class Guarded(HttpToolsProtocol):
             if not self._head_since:
                 self._head_since = self.loop.time()
                 self._look_at(self._head_since + self.admission.limits.head_seconds)
-            self._head_size += size
+            if not self._begun:  # or the part before it is that of another
+                self._head_size += size
             if self._head_size > MAX_HEAD:
                 self._misread(HeadTooLarge())
         elif self._counted < 0:
@@ -190,6 +192,7 @@ class Guarded(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._at = _HEAD
+        self._begun = True
         self._hosts = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -213,21 +216,30 @@ class Guarded(HttpToolsProtocol):
             self.expect_100_continue = True
 
     def on_headers_complete(self) -> None:
-        if self._hosts != 1 and (self._hosts or self.parser.get_http_version() != "1.0"):
+        version = self.parser.get_http_version()
+        if version not in _VERSIONS or (self._hosts != 1 and (self._hosts or version != "1.0")):
             raise self._refuse(MalformedRequest())
+        if version == "1.0":
+            self._hold_to_1_0()
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
                 raise self._refuse(MalformedRequest())
             return  # it comes again, without
-        if self._long or self._head_size:
+        if self._long or self._head_since:
             self._weigh()
         waiting = len(self.pipeline)
         if waiting and not self._may_wait(waiting):
             raise self._refuse(None)
+        super().on_headers_complete()  # raises for a target that is no URL: of a message that has not begun
         self._at = _BODY
-        super().on_headers_complete()
         self.admission.queued += len(self.pipeline) - waiting
         self.scope[ARRIVED] = self.cycle.message_event.is_set  # type: ignore[typeddict-unknown-key]
+
+    def _hold_to_1_0(self) -> None:
+        """What that version does not know (RFC 9110, 10.1.1; RFC 9112, 6.1)."""
+        self.expect_100_continue = False
+        if any(name == b"transfer-encoding" for name, _ in self.headers):
+            raise self._refuse(MalformedRequest())
 
     def _weigh(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -235,6 +247,16 @@ class Guarded(HttpToolsProtocol):
             raise self._refuse(HeadTooLarge())
         self._long = False
         self._head_size, self._head_since = 0, 0.0
+
+    def listens(self, pipeline: Collection[tuple[RequestResponseCycle, Any]]) -> bool:
+        """Whether the request that runs waits for others, and little of those behind it is held."""
+        running = self._running
+        if running is None or running.response_complete:
+            return False
+        ticket = cast("Ticket | None", running.scope.get(TICKET))
+        if ticket is None or not ticket.waits or len(pipeline) >= HEARD_BEHIND:
+            return False
+        return len(self.cycle.body) + sum(len(cycle.body) for cycle, _ in pipeline) <= HIGH_WATER_LIMIT
 
     def _may_wait(self, waiting: int) -> bool:
         admission = self.admission
@@ -264,6 +286,9 @@ class Guarded(HttpToolsProtocol):
         assert self._outlet is not None
         self._outlet.deaf = True
         self._fault = error
+        if self._at == _BODY and self.cycle.response_complete:
+            self._outlet.end()  # it was answered before its body was there
+            return
         if self._at == _BODY and self.pipeline:  # the body is that of the last, whose turn has not come
             self.pipeline.popleft()
             self.admission.queued -= 1
@@ -291,14 +316,15 @@ class Guarded(HttpToolsProtocol):
         outlet = self._outlet
         if outlet is None:
             return
-        cut = self.admission.cut
-        if isinstance(error, RequestTimeout):
-            cut["slow head"] += 1
-        else:
-            cut["head" if isinstance(error, HeadTooLarge) else "malformed"] += 1
+        reason = next(name for kind, name in _CUT if isinstance(error, kind))
+        self.admission.cut[reason] += 1
         if not isinstance(error, _NotRead):
             outlet.write(_reply(error, self.server_state.default_headers))
         outlet.end()
+
+    @property
+    def limited(self) -> Admission:
+        return self.admission
 
     @property
     def in_a_message(self) -> bool:
@@ -332,7 +358,11 @@ class Guarded(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         if self._outlet is not None:
-            self._outlet.watch()
+            self._outlet.filled()
+
+    def resume_writing(self) -> None:
+        if self._outlet is None or self._outlet.drained():
+            super().resume_writing()
 
     # The timer
 
@@ -370,116 +400,33 @@ class _NotRead(Exception):
     """More was sent ahead than is kept; what was not read is for the client to send again (RFC 9112, 9.3.2)."""
 
 
+_CUT: Final = (
+    (RequestTimeout, "slow head"),
+    (HeadTooLarge, "head"),
+    (_NotRead, "pipelined"),
+    (Exception, "malformed"),
+)
+
+
 class Flow(FlowControl):
-    """Nothing more is read while requests wait for their turn."""
+    """Nothing more is read while requests wait for their turn.
+
+    Unless the one that runs waits itself, and not much was sent behind it: a client that goes is noticed by reading.
+    """
 
     def __init__(self, transport: asyncio.Transport, protocol: Guarded) -> None:
         super().__init__(transport)
         self._protocol = protocol
 
+    def pause_reading(self) -> None:
+        if not self._protocol.listens(self._protocol.pipeline):
+            super().pause_reading()
+
     def resume_reading(self) -> None:
-        if not self._protocol.pipeline:
-            super().resume_reading()
-
-
-class Outlet:
-    """The transport as uvicorn sees it: what is written goes straight there, but its end is an orderly one."""
-
-    __slots__ = (
-        "_left",
-        "_looks",
-        "_moved",
-        "_over",
-        "_protocol",
-        "_timer",
-        "_transport",
-        "counted",
-        "deaf",
-        "ending",
-        "get_extra_info",
-        "is_closing",
-        "write",
-    )
-
-    _lingering: ClassVar[int] = 0
-
-    def __init__(self, protocol: Guarded, transport: asyncio.Transport, *, counted: bool = True) -> None:
-        self._protocol = protocol
-        self._transport = transport
-        self._timer: asyncio.TimerHandle | None = None  # of an end
-        self._looks: asyncio.TimerHandle | None = None  # into the buffer
-        self._left = -1
-        self._moved = 0.0
-        self._over = False
-        self.counted = counted
-        self.deaf = False  # what comes is thrown away
-        self.ending = False
-        self.write = transport.write
-        self.is_closing = transport.is_closing
-        self.get_extra_info = transport.get_extra_info
-
-    def close(self) -> None:
-        """What was written still goes out. What the client still sends is let run out first, but not for ever."""
-        if self.ending or not self._protocol.in_a_message:
-            self.close_now()
-        else:
-            self.end()
-
-    def end(self) -> None:
-        """Nothing more is said, and what comes is thrown away until the client is silent too."""
-        self.deaf = True
-        if self.ending or self._transport.is_closing():
-            return
-        if not self._transport.can_write_eof() or (not self.counted and Outlet._lingering >= LINGERING):
-            self.close_now()
-            return
-        self.ending = True
-        Outlet._lingering += not self.counted
-        self._transport.write_eof()
-        if self.counted:
-            self._protocol.flow.resume_reading()
-        self._timer = self._protocol.loop.call_later(LINGER, self.close_now)
-
-    def close_now(self) -> None:
-        """Without waiting for anything that the client may still send."""
-        if self._over:
-            return
-        self._transport.close()
-        if self._transport.get_write_buffer_size():
-            self.watch()
-
-    def lost(self) -> None:
-        self._over = True
-        if self.ending:
-            Outlet._lingering -= not self.counted
-        for timer in (self._timer, self._looks):
-            if timer is not None:
-                timer.cancel()
-
-    def watch(self) -> None:
-        """There is something in the buffer; from now on it has to become less."""
-        self._left = -1
-        if self._looks is None:
-            self._moved = self._protocol.loop.time()
-            self._looks = self._protocol.loop.call_later(self._pause, self._look)
-
-    @property
-    def _pause(self) -> float:
-        return self._protocol.admission.limits.stall_seconds / LOOKS
-
-    def _look(self) -> None:
-        self._looks = None
-        left, now = self._transport.get_write_buffer_size(), self._protocol.loop.time()
-        flow = self._protocol.flow
-        if not left or not (self._transport.is_closing() or flow is None or flow.write_paused):
-            return
-        if left != self._left:  # nothing is added to a buffer that is full
-            self._left, self._moved = left, now
-        if now - self._moved >= self._pause * (LOOKS - 1):
-            self._protocol.admission.cut["stalled reply"] += 1
-            self._transport.abort()
-            return
-        self._looks = self._protocol.loop.call_later(self._pause, self._look)
+        if self.read_paused:
+            pipeline = self._protocol.pipeline
+            if not pipeline or self._protocol.listens(pipeline):
+                super().resume_reading()
 
 
 def _reply(error: Exception, headers: list[tuple[bytes, bytes]] | None = None) -> bytes:

@@ -46,6 +46,7 @@ class LogItem:
     round: "Received | None" = None  # of a contribution to an open round: nothing that a client can see changes
     size: int = 0
     staged: "Staged | None" = None
+    epoch: int = 0  # the session's, when the batch that ends with this was appended
 
 
 class Received(NamedTuple):
@@ -83,14 +84,28 @@ class Known(NamedTuple):
     step: int
     mark: str
 
+    @property
+    def text(self) -> str:
+        """For `read`: a third of the memory."""
+        place = f"{self.seq} {self.commit} {self.epoch} {self.step}"
+        return place if self.mark == self.commit else f"{place} {self.mark}"
+
+    @classmethod
+    def read(cls, text: str) -> "Known":
+        seq, commit, epoch, step, *mark = text.split(" ")
+        return cls(int(seq), commit, int(epoch), int(step), mark[0] if mark else commit)
+
 
 class Lost(NamedTuple):
-    """Where a session was known to stand, by a service that then found it elsewhere; `at` is RFC 3339."""
+    """Where a session was known to stand, by a service that then found it elsewhere; `at` is RFC 3339. `text` is what
+    the head says of it.
+    """
 
     seq: int
     step: int
     mark: str
     at: str
+    text: bytes
 
 
 @dataclass(slots=True)
@@ -179,6 +194,23 @@ def state_lost(session: str, found: Head, known: Known | Lost | None = None) -> 
     return StateLost(session, *places)
 
 
+class CutMeanwhile(Exception):
+    """Chunks went away between two reads, because somebody put a new snapshot there."""
+
+
+def again(missing: CutMeanwhile, head: Head, missed: str) -> str:
+    """The snapshot that chunks are missing of. Raises Corrupt where they were missing of the same one before."""
+    if head.snap == missed:
+        raise Corrupt(f"{missing} is not in the store any more")
+    return head.snap
+
+
+def message_of(items: Sequence[LogItem], step: int, last: str) -> str:
+    """What those hear who wait for the session."""
+    got = items[-1].round
+    return f"step {step} {last}" if got is None else f"round {got.round} {got.received} {got.needed}"
+
+
 def chunks_of(pieces: Pieces) -> Iterable[bytes | memoryview]:
     """The same bytes in pieces of at most CHUNK, small ones joined, large ones as views."""
     small: list[bytes | memoryview] = []
@@ -235,8 +267,16 @@ def head_of(reply: Any) -> Head | None:
             lost=_lost(fields["lost"]) if "lost" in fields else None,
             epoch=int(fields.get("epoch", b"0")),
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise Corrupt(f"the head of a session is not what was put there: {error}") from None
+
+
+def count_of(text: bytes) -> int:
+    """Raises Corrupt."""
+    try:
+        return int(text)
+    except ValueError:
+        raise Corrupt(f"the head of a session is not what was put there: {text[:20]!r} is no number") from None
 
 
 def readable(reply: Any) -> Head | UnknownFormat | None:
@@ -249,7 +289,7 @@ def readable(reply: Any) -> Head | UnknownFormat | None:
 
 def _lost(text: bytes) -> Lost:
     said = orjson.loads(text)
-    return Lost(said["seq"], said["step"], said["commit"], said["at"])
+    return Lost(said["seq"], said["step"], said["commit"], said["at"], text)
 
 
 def assemble(replies: Sequence[bytes], length: int, checksum: str, name: str) -> bytes | memoryview:

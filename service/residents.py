@@ -27,8 +27,9 @@ class Spawn(Protocol):
 
 
 class Residents:
-    """They may take `budget` bytes together. `revive(id, stored, large)` makes a session of what the store has of it;
-    `leaving` is called of one that has to make room, `entered` of one that came in.
+    """They may take `budget` bytes together, with what is remembered of those that left. `revive(id, stored, large)`
+    makes a session of what the store has of it; `leaving` is called of one that has to make room, `entered` of one that
+    came in.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Residents:
             log.info("loading session", session=id_, megabytes=round(head.length / 1e6))
         stored = await self._settled(id_, known)
         live = await self._revive(id_, stored, stored.head.length >= THREADED)
+        live.learn(0 if known is None else known.epoch)
         if stored.head.length > LARGE:
             log.info("session loaded", session=id_, seconds=round(time.monotonic() - started, 2))
         return live
@@ -103,7 +105,7 @@ class Residents:
         cost = live.cost
         self.cost += cost - self._costs.get(live.id, 0)
         self._costs[live.id] = cost
-        while self.cost > self._budget:
+        while self.cost + self.heads.cost > self._budget:
             # The longest unused come first; a few that are at work are passed over.
             oldest = [self.live[id_] for id_ in islice(self.live, 32)]
             chosen = next((other for other in oldest if other is not live and other.idle), None)

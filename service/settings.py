@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service import tracing
+from service.access.hosts import parse_hosts
 from service.access.rates import parse_rate
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -29,6 +30,11 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
 def _traceable(value: bool) -> bool:
     if value and not tracing.available():
         raise ValueError("traces need the extra `tracing`: pip install 'ravine[tracing]'")
+    return value
+
+
+def _hosts(value: str) -> str:
+    parse_hosts(value)
     return value
 
 
@@ -64,6 +70,9 @@ class Settings(BaseSettings):
     )
     insecure: bool = Field(
         False, description="Serve on other addresses than loopback without asking for keys: whoever reaches it is in."
+    )
+    hosts: Annotated[str, AfterValidator(_hosts)] | None = Field(
+        None, description="Names that Host may have where no key is asked for. Left out: this machine's, or any."
     )
     docs: bool = Field(True, description="Show /docs without a key where keys are needed.")
     ack: Literal["memory", "disk", "replicated"] = Field(

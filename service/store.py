@@ -34,13 +34,14 @@ from redis.exceptions import NoScriptError, RedisError
 
 from service.access.keys import Keyring
 from service.acks import Asked, barrier_of
-from service.errors import Corrupt, StoreFull, StoreUnavailable, UnknownFormat
+from service.errors import Corrupt, StoreFull, StoreUnavailable, Unconfirmed, UnknownFormat
 from service.failpoints import Failpoints
 from service.index import DEADLINES, DEFAULT_TENANT, Index
 from service.link import HEAVY, Argument, ClusterLink, Link, SingleLink, tried
 from service.meters import StoreMeters
 from service.records import (
     INLINE,
+    CutMeanwhile,
     Head,
     Known,
     LogEntry,
@@ -49,13 +50,16 @@ from service.records import (
     Staged,
     Stored,
     Tail,
+    again,
     assemble,
     chunks_of,
     commit_mark,
+    count_of,
     element_of,
     flatten,
     head_of,
     lost_text,
+    message_of,
     parent_mark,
     parse,
     readable,
@@ -64,6 +68,8 @@ from service.records import (
 from service.wire import safetensors
 
 STAGED_SECONDS = 120
+# So many commits of entries that were cut off the log are remembered.
+TRAIL = 10_000
 NO_FAILPOINTS = Failpoints()
 MEMORY = Asked()
 # What keeps two replicas from appending to one commit.
@@ -71,6 +77,7 @@ _HEAD_CHECK = "if head ~= ARGV[1] then return {'STALE'} end"
 _SCRIPTS = ("commit", "snapshot", "delete", "load", "history", "skip", "lose", "accept", "confirm")
 
 Outcome = Literal["OK", "STALE", "GONE"]
+_OUTCOMES: dict[bytes, Outcome] = {b"OK": "OK", b"GONE": "GONE"}
 
 
 def key(session: str, *parts: str | int) -> str:
@@ -211,17 +218,18 @@ class Store:
         step = fields["step"]
         assert isinstance(step, int)
         arguments: list[Argument] = [parent, last, len(elements), len(records), len(temporary)]
-        arguments += [key(session), _message(items, step, last), *elements, *records, *flatten(fields)]
+        arguments += [key(session), message_of(items, step, last), *elements, *records, *flatten(fields)]
         if temporary:
             await self._failpoints.reach("after-staging")
-        reply = (await self._script("commit", keys, arguments, durable=True))[0]
+        reply = await self._script("commit", keys, arguments, durable=True)
         await self._failpoints.reach("after-append")
-        if reply == b"LOST":  # the chunks expired on the way; they are put there again
+        if reply[0] == b"LOST":  # the chunks expired on the way; they are put there again
             for item in items:
                 item.staged = None
             return await self.append(session, parent, items)
-        outcome = _outcome(reply)
+        outcome = _outcome(reply[0])
         if outcome == "OK":
+            items[-1].epoch = count_of(reply[1] or b"0")
             self.meters.appended([item.size for item in items])
         else:
             self._drop(temporary)
@@ -273,12 +281,26 @@ class Store:
         if tail.entries is not None:
             found = any(entry.metadata.get("commit") == commit for entry in tail.entries)
             return "OK" if found else "STALE"
-        # The log was cut since: the trail names the commits of the entries, the history those of the steps.
-        if commit.encode() in await self._read("LRANGE", key(session, "trail"), 0, -1):
-            return "OK"
+        return await self._landed_before(session, commit, after)
+
+    async def _landed_before(self, session: str, commit: str, after: int) -> Outcome:
+        """Whether `commit` is among the entries behind `after`, of which the log has not all any more: the trail names
+        the commits of those that were cut, the history those of the steps.
+        """
+        tail = await self.tail(session, -1)
+        if tail is None:
+            return "GONE"
+        ends = ("HMGET", key(session, "head"), "base", "trail")
+        before = await self._read(*ends)
+        trail = await self._read("LRANGE", key(session, "trail"), 0, -1)
         lines = await self._read("LRANGE", key(session, "history"), 0, -1)
-        if any(commit.encode() in line for line in lines):
+        texts = [entry.metadata.get("commit", "").encode() for entry in tail.entries or ()]
+        if commit.encode() in (*texts, *trail) or any(commit.encode() in line for line in lines):
             return "OK"
+        # It was cut no further while it was read, so that it reaches from there to what the log had before.
+        base, ended = await self._read(*ends)
+        if [base, ended] == before and base == ended and int(base) - len(trail) <= after:
+            return "STALE"
         raise StoreUnavailable("whether the last write took effect cannot be told any more; read the session anew")
 
     async def create(self, session: str, snap: str, pieces: Pieces, fields: Mapping[str, Argument]) -> None:
@@ -323,7 +345,7 @@ class Store:
         described = {"snap": snap, "chunks": count, "length": length, "checksum": checksum, **fields}
         arguments: list[Argument] = ["" if old is None else old.snap, seq, 0 if staged is None else staged.chunks]
         arguments += [inline, key(session, "s", snap, 0), "" if old is None else commit_mark(old.commit)]
-        arguments += [len(trail), *trail]
+        arguments += [len(trail), len(trail[-TRAIL:]), *trail[-TRAIL:]]
         arguments += flatten(described)
         reply = (await self._script("snapshot", [*keys, *gone], arguments, durable=old is None))[0]
         if reply == b"LOST":
@@ -344,9 +366,13 @@ class Store:
 
     async def confirm(self, session: str, commit: str | None) -> Outcome:
         """Makes sure that `commit`, if the session still stands there (None: wherever it stands), and all before it are
-        as safe as was asked for. Raises Unconfirmed where they are not.
+        as safe as was asked for. Raises Unconfirmed where they are not, or where there is no room to ask.
         """
-        return _outcome((await self._script("confirm", [key(session, "head")], [commit or ""], durable=True))[0])
+        try:
+            reply = await self._script("confirm", [key(session, "head")], [commit or ""], durable=True)
+        except StoreFull as error:  # what is to be confirmed is there all the same
+            raise Unconfirmed(str(error)) from None
+        return _outcome(reply[0])
 
     async def lose(self, session: str, known: Known, found: Head) -> Outcome:
         """Marks the session as lost, if it still is as `found`: it was `known` to stand elsewhere."""
@@ -355,8 +381,9 @@ class Store:
         return _outcome((await self._script("lose", [key(session, "head")], arguments))[0])
 
     async def accept(self, session: str, found: Head) -> Outcome:
-        """Lets a session that is lost go on from where it was `found`, if it still is."""
-        arguments: list[Argument] = [found.commit, key(session), f"accepted {found.step} {found.mark}"]
+        """Lets a lost session go on from where it was `found`, if it is still there and has lost no more than that."""
+        text = b"" if found.lost is None else found.lost.text
+        arguments: list[Argument] = [found.commit, text, key(session), f"accepted {found.step} {found.mark}"]
         return _outcome((await self._script("accept", [key(session, "head")], arguments))[0])
 
     async def count_skipped(self, session: str) -> None:
@@ -378,16 +405,25 @@ class Store:
         found = await asyncio.gather(*[self._read("HGETALL", key(session, "head")) for session in sessions])
         return [readable(reply) for reply in found]
 
-    async def standing(self, sessions: Sequence[str]) -> list[tuple[str, int] | None]:
-        """Commit and epoch at which each stands now; None where there is no such session."""
-        asked = [self._read("HMGET", key(session, "head"), "commit", "epoch") for session in sessions]
-        replies = await asyncio.gather(*asked)
-        return [None if commit is None else (commit.decode(), int(epoch or 0)) for commit, epoch in replies]
+    async def stands(self, session: str) -> tuple[str, int] | None:
+        """Commit and epoch at which it stands now; None: no such session. Raises Corrupt."""
+        commit, epoch = await self._read("HMGET", key(session, "head"), "commit", "epoch")
+        return None if commit is None else (commit.decode(), count_of(epoch or b"0"))
+
+    async def standing(self, sessions: Sequence[str]) -> list[tuple[str, int] | Corrupt | None]:
+        """What `stands` says of each, or raises because it cannot be read."""
+        return await asyncio.gather(*[self._stands(session) for session in sessions])
+
+    async def _stands(self, session: str) -> tuple[str, int] | Corrupt | None:
+        try:
+            return await self.stands(session)
+        except Corrupt as fault:
+            return fault
 
     async def tenant_of(self, session: str) -> str | None:
         """Whose the session is, of whatever format it is; None: no such session."""
         commit, tenant = await self._read("HMGET", key(session, "head"), "commit", "tenant")
-        return None if commit is None else (tenant or DEFAULT_TENANT.encode()).decode()
+        return None if commit is None else (DEFAULT_TENANT if tenant is None else tenant.decode())
 
     async def tail(self, session: str, after: int, known: Known | None = None) -> Tail | None:
         """The head and the entries after sequence number `after` (-1: all, -2: none); None: no such session.
@@ -407,8 +443,8 @@ class Store:
                 return Tail(head, None, on_line)
             try:
                 return Tail(head, [await self._entry(session, element) for element in reply[2]], on_line)
-            except _CutMeanwhile as missing:
-                missed = _again(missing, head, missed)
+            except CutMeanwhile as missing:
+                missed = again(missing, head, missed)
 
     async def load(self, session: str, known: Known | None = None) -> Stored | None:
         """A session's snapshot and log as of one moment; None: no such session. Raises Corrupt."""
@@ -421,8 +457,8 @@ class Store:
             names = [key(session, "s", head.snap, i) for i in range(head.chunks)]
             try:
                 data = await self._chunks(names, head.length, head.checksum)
-            except _CutMeanwhile as missing:
-                missed = _again(missing, head, missed)
+            except CutMeanwhile as missing:
+                missed = again(missing, head, missed)
                 continue
             tensors, metadata = parse(data)
             self.meters.loads += 1
@@ -443,7 +479,7 @@ class Store:
         replies = await asyncio.gather(*[self._read("GET", name, alone=length > HEAVY) for name in names])
         for name, reply in zip(names, replies, strict=True):
             if reply is None:
-                raise _CutMeanwhile(name)
+                raise CutMeanwhile(name)
         return assemble(replies, length, checksum, names[0])
 
     async def history(self, session: str, after: int, limit: int) -> list[bytes]:
@@ -453,23 +489,6 @@ class Store:
         return lines
 
 
-def _message(items: Sequence[LogItem], step: int, last: str) -> str:
-    """What those hear who wait for the session."""
-    got = items[-1].round
-    return f"step {step} {last}" if got is None else f"round {got.round} {got.received} {got.needed}"
-
-
-class _CutMeanwhile(Exception):
-    """Chunks went away between two reads, because somebody put a new snapshot there."""
-
-
-def _again(missing: _CutMeanwhile, head: Head, missed: str) -> str:
-    """The snapshot that chunks are missing of. Raises Corrupt where they were missing of the same one before."""
-    if head.snap == missed:
-        raise Corrupt(f"{missing} is not in the store any more")
-    return head.snap
-
-
 def _seen(reply: "asyncio.Future[Any]") -> None:
     """Whatever became of it, nobody asks."""
     if not reply.cancelled():
@@ -477,10 +496,4 @@ def _seen(reply: "asyncio.Future[Any]") -> None:
 
 
 def _outcome(reply: bytes) -> Outcome:
-    match reply:
-        case b"OK":
-            return "OK"
-        case b"GONE":
-            return "GONE"
-        case _:
-            return "STALE"
+    return _OUTCOMES.get(reply, "STALE")

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 
 import structlog
 
+from service.logs import without_secrets
 from service.meters import METHODS
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Tracing:
             carried = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             method = scope["method"] if scope["method"] in METHODS else "_OTHER"
             route = self._route(scope["path"])
-            path: str = scope["path"]
+            path = without_secrets(scope["path"])
             attributes: dict[str, str] = {"http.request.method": method, "http.route": route, "url.path": path}
             with self._tracer.start_as_current_span(
                 f"{method} {route}", self._extract(carried), self._api.SpanKind.SERVER, attributes

@@ -16,6 +16,7 @@ from pathlib import Path
 # `sun_path` holds 108 bytes with the final NUL on Linux, 104 on macOS: the smaller serves both.
 _SOCKET_PATH_BYTES = 103
 LOG_DIRECTORY = "appendonlydir"
+RETIRED_LOG = LOG_DIRECTORY + ".retired"
 # Only what a server may need: keys and passwords in our environment do not belong in a process that outlives us.
 ENVIRONMENT = ("PATH", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
@@ -131,3 +132,16 @@ def sync_log(directory: Path, synced: dict[Path, int]) -> None:
             finally:
                 os.close(file)
             synced[path] = size
+
+
+def move_log_away(data: Path) -> None:
+    """Remove the log for good, at one stroke."""
+    retired = data / RETIRED_LOG
+    shutil.rmtree(retired, ignore_errors=True)
+    (data / LOG_DIRECTORY).rename(retired)
+    directory = os.open(data, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+    shutil.rmtree(retired, ignore_errors=True)

@@ -16,6 +16,7 @@ import pytest
 import typer
 
 from service.cli import cli
+from service.commands import backup
 from service.embedded import Embedded
 from tests.running import ROOT, Server, redis_server, serving
 from tests.test_docs import addresses, blocks_of, compare, directory, needs_shell, printed
@@ -122,6 +123,42 @@ def test_a_backup_under_load_is_one_moment(tmp_path: Path) -> None:
                 taken += -np.float32(rate) * np.array([1.0, 2.0], np.float32)
             assert np.float32(reply["params"]["w"]).tolist() == taken.tolist()
         assert all(first < last for first, last in zip(before, after, strict=True)), "there was load"
+
+
+def test_what_lies_in_the_way_of_a_backup_is_left_alone(tmp_path: Path) -> None:
+    """In a directory that others write into: a link, or a file that everybody reads, where it was written before."""
+    victim, made = tmp_path / "victim", tmp_path / "b.rdb"
+    victim.write_text("precious")
+    (tmp_path / "b.rdb.partial").symlink_to(victim)
+    open_ = tmp_path / "c.rdb.partial"
+    open_.touch()
+    open_.chmod(0o666)
+    dangling = tmp_path / "d.rdb"
+    dangling.symlink_to(tmp_path / "elsewhere")
+    with serving(tmp_path / "data", environment=QUICK) as server, server.client() as client:
+        create(client, optimizer="sgd", params={"w": [1.0, 2.0]})
+        succeeded("backup", made, "--data", server.data)
+        succeeded("backup", tmp_path / "c.rdb", "--data", server.data)
+        assert "is there already" in failed(2, "backup", dangling, "--data", server.data)
+    assert victim.read_text() == "precious"
+    assert open_.stat().st_size == 0
+    assert not (tmp_path / "elsewhere").exists()
+    for file in (made, tmp_path / "c.rdb"):
+        assert not file.is_symlink()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".partial") and path.stat().st_size > 100]
+
+
+def test_a_name_that_is_taken_meanwhile_is_not_taken_away(tmp_path: Path) -> None:
+    partial, file = tmp_path / "partial", tmp_path / "file"
+    partial.write_text("a backup")
+    file.write_text("another")
+    with pytest.raises(backup.BackupFailed, match="is there already"):
+        backup._name(partial, file)
+    assert file.read_text() == "another"
+    file.unlink()
+    backup._name(partial, file)
+    assert file.read_text() == "a backup"
 
 
 @pytest.mark.parametrize("durability", ["snapshot", "always"])

@@ -38,10 +38,10 @@ LAYERS: dict[str, set[str]] = {
     # What stands alone
     "service": set(),
     "service.errors": CORE,
-    "service.settings": {"service.access.rates", "service.tracing"},
+    "service.settings": {"service.access.hosts", "service.access.rates", "service.tracing"},
     "service.meters": set(),
     "service.metrics": {"service.errors", "service.meters"},
-    "service.tracing": {"service.meters"},
+    "service.tracing": {"service.logs", "service.meters"},
     "service.logs": {"service.settings"},
     "service.pages": set(),
     "service.bell": set(),
@@ -67,7 +67,8 @@ LAYERS: dict[str, set[str]] = {
     "service.index": set(),
     "service.access": set(),
     "service.access.rights": {"service.index"},
-    "service.access.keys": {"service.access.rights"},
+    "service.access.hosts": set(),
+    "service.access.keys": {"service.access.rates", "service.access.rights", "service.errors"},
     "service.records": CORE | WIRE | {"service.errors", "service.documents", "service.index", "service.link"},
     "service.store": CORE
     | WIRE
@@ -87,7 +88,7 @@ LAYERS: dict[str, set[str]] = {
     # Sessions that live: nothing of HTTP
     "service.live": CORE
     | WIRE
-    | {"service.tensors", "service.errors", "service.documents", "service.records", "service.store"},
+    | {"service.ids", "service.tensors", "service.errors", "service.documents", "service.records", "service.store"},
     # What becomes of a change: its place in the queue, its entry, its answer
     "service.answers": CORE | {"service.documents", "service.live"},
     "service.changes": CORE | {"service.errors", "service.documents", "service.live", "service.records"},
@@ -97,7 +98,7 @@ LAYERS: dict[str, set[str]] = {
     # What goes on beside the changes: rounds that are over, snapshots, those who wait, those who look
     "service.deadlines": CORE | {"service.errors", "service.index", "service.store"},
     "service.snapshots": CORE | WIRE | {"service.errors", "service.live", "service.records", "service.store"},
-    "service.heads": {"service.errors", "service.live", "service.records", "service.store"},
+    "service.heads": {"service.errors", "service.link", "service.live", "service.records", "service.store"},
     "service.residents": {"service.errors", "service.heads", "service.live", "service.records", "service.store"},
     "service.waiting": {"service.bell", "service.errors", "service.documents", "service.heads", "service.store"},
     "service.crowd": CORE | {"service.errors", "service.live", "service.privacy"},
@@ -117,7 +118,8 @@ LAYERS: dict[str, set[str]] = {
     "service.problems": CORE | WIRE | {"service.errors", "service.pages", "service.problem_table"},
     "service.admission": {"service.errors"},
     "service.bodies": WIRE | {"service.admission", "service.errors", "service.problems"},
-    "service.protocol": {"service.admission", "service.problems"},
+    "service.outlet": {"service.admission"},
+    "service.protocol": {"service.admission", "service.outlet", "service.problems"},
     "service.http": WIRE
     | {"service.admission", "service.bodies"}
     | {"service.errors", "service.documents", "service.problems"},
@@ -138,7 +140,8 @@ LAYERS: dict[str, set[str]] = {
     "service.openapi": CORE | REFERENCE | HTTP | {"service.access.rights", "service.kinds", "service.schemas"},
     "service.reference": {"service.openapi", "service.pages", "service.problems"},
     # Before the planes
-    "service.access.gate": HTTP | {"service.errors", "service.access.keys", "service.access.rights"},
+    "service.access.gate": HTTP
+    | {"service.errors", "service.access.hosts", "service.access.keys", "service.access.rights"},
     # The planes
     "service.control": CORE
     | WIRE
@@ -157,6 +160,7 @@ LAYERS: dict[str, set[str]] = {
     "service.cli": {
         "service",
         "service.admission",
+        "service.outlet",
         "service.protocol",
         "service.memory",
         "service.listing",
@@ -181,7 +185,7 @@ LAYERS: dict[str, set[str]] = {
     "service.inspection": {"service.documents", "service.errors", "service.records", "service.store"},
     "service.commands.sessions": {
         *("service.commands.opened", "service.commands.options", "service.errors", "service.ids", "service.index"),
-        *("service.inspection", "service.records", "service.settings"),
+        *("service.inspection", "service.records", "service.settings", "service.store"),
     },
     "service.commands.opened": {
         *("service.embedded", "service.errors", "service.settings", "service.store", "service.valkey")

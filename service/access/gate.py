@@ -6,12 +6,16 @@
     a session of somebody else, or none at all       404, one and the same
     what the key is not for                          403
 
+The first is told before, the others after the caller's quotas were asked: what is refused counts as well.
+
 Without a valid key nothing more is told than that: not which paths there are, nor which sessions. The store is asked
 about a session even where it is known to be somebody else's, so that the time does not tell what the words do not.
 
 Keys are asked for by the setting `keys`. With `auto` they are not where nobody but this machine can ask: the address
 that is listened on, the one that the connection came in at, and the name in Host are all this machine's own. The last
-keeps out web pages that make a name of theirs resolve to 127.0.0.1, and the public name that a proxy passes on.
+keeps out web pages that make a name of theirs resolve to 127.0.0.1, and the public name that a proxy passes on. The
+setting `hosts` says which names do without a key instead, `insecure` or not. And whatever the name, a browser that says
+that it sends for a page from elsewhere is asked for a key: that page could not read the answer, but change things.
 
 What waits for long is let go within a second or so of its key's end: a body that is still coming is not read on, a long
 poll is answered as if its time were over, an event stream ends. So the client asks again, and is then refused.
@@ -19,17 +23,14 @@ poll is answered as if its time were over, an event stream ends. So the client a
 
 import asyncio
 import contextlib
-import ipaddress
-import socket
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from functools import lru_cache
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Set
 from typing import Final
 
 import structlog
 
+from service.access.hosts import host_of, is_allowed, is_own
 from service.access.keys import BELIEVED, KnownKeys
-from service.access.rights import ANYBODY, GRANTED, Access, Right, call_at
+from service.access.rights import ANYBODY, Access, Right, call_at, granted, path_of
 from service.errors import Forbidden, SessionNotFound, StoreFull, StoreUnavailable, Unauthenticated
 from service.http import OVER, Message, Receive, Scope, Send
 from service.problems import MethodNotAllowed, NotFound
@@ -41,6 +42,7 @@ MAX_SESSIONS: Final = 65_536
 # Seconds between two looks at the keys of those who wait.
 LOOK: Final = 0.5
 _MAX_NAMES: Final = 64
+_LOOKED_AT: Final = frozenset((b"authorization", b"host", b"origin", b"sec-fetch-site"))
 
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 
@@ -50,89 +52,105 @@ class KeysNeeded(Exception):
 
 
 class Gate:
-    """`tenant_of` tells whose a session is, and asks the store; `local`: nobody but this machine reaches the address
-    that is listened on; `keys` is the setting, `docs` whether the reference is shown without a key.
+    """`tenant_of` tells whose a session is, and asks the store; `tidy` takes one that is not there out of its tenant's
+    list. `local`: nobody but this machine reaches the address that is listened on; `keys` is the setting, `hosts` the
+    names in Host that do without a key, `docs` whether the reference is shown without one.
     """
 
     def __init__(
         self,
         known: KnownKeys,
         tenant_of: Callable[[str], Awaitable[str]],
+        tidy: Callable[[str, str], Awaitable[None]],
         *,
         keys: str,
         local: bool,
         insecure: bool = False,
+        hosts: Set[str] | None = None,
         docs: bool = True,
     ) -> None:
         self._known = known
         self._tenant_of = tenant_of
+        self._tidy = tidy
+        self._hosts = hosts
         self._asks = keys == "required" or (keys == "auto" and not local and not insecure)
         self._only_here = keys == "auto" and local and not insecure
         self._docs = docs
         self._tenants: dict[str, str] = {}
-        self._names: set[bytes] = set()  # of this machine, as Host had them
+        self._names: set[bytes] = set()  # that do without a key, as Host had them
         self._waiting: dict[asyncio.Future[None], str] = {}  # who is to be let go -> the id of their key
         self._watcher: asyncio.Task[None] | None = None
 
-    async def admit(self, scope: Scope) -> Access:
-        """Who calls, if they may. Raises Unauthenticated, NotFound, MethodNotAllowed, SessionNotFound, Forbidden,
-        StoreUnavailable, and what the engine says of a session that it cannot read.
-        """
-        path: str = scope["path"]
-        root: str = scope.get("root_path", "")
-        if root and path.startswith(root + "/"):
-            path = path[len(root) :]
-        methods, session = call_at(path)
-        right = None if methods is None else methods.get(scope["method"])
-        if right is Right.OPEN and (self._docs or path != "/docs"):
+    async def caller(self, scope: Scope) -> Access:
+        """Who calls. Raises Unauthenticated, StoreUnavailable."""
+        path = path_of(scope)
+        methods, _ = call_at(path)
+        if methods is not None and methods.get(scope["method"]) is Right.OPEN and (self._docs or path != "/docs"):
             return ANYBODY
-        access = await self._caller(scope)
+        headers: dict[bytes, bytes] = {}
+        for name, value in scope["headers"]:
+            if name in _LOOKED_AT:
+                if name in headers:  # which of them is meant?
+                    raise Unauthenticated
+                headers[name] = value
+        scheme, _, text = headers.get(b"authorization", b"").replace(b"\t", b" ").partition(b" ")
+        if scheme.lower() == b"bearer":  # another is of a proxy before the service, where no key is asked for
+            access = await self._known.caller(text.strip(b" "))
+            if access is None:
+                raise Unauthenticated
+            return access
+        if self._asks or not self._may_be_keyless(scope, headers):
+            raise Unauthenticated
+        return ANYBODY
+
+    async def check(self, access: Access, scope: Scope) -> None:
+        """Whether they may. Raises NotFound, MethodNotAllowed, SessionNotFound, Forbidden, StoreUnavailable, and what
+        the engine says of a session that it cannot read.
+        """
+        methods, session = call_at(path_of(scope))
+        method: str = scope["method"]
         if methods is None:
             raise NotFound
+        right = methods.get(method)
         if right is None:
-            raise MethodNotAllowed(scope["method"], sorted(methods))
+            raise MethodNotAllowed(method, sorted(methods))
         if session and right > Right.KEY:
-            await self._check(access, session)
-        if right > GRANTED[access.scope]:
+            try:
+                await self._check(access, session)
+            except SessionNotFound:
+                # Whoever deletes it once more means what a deletion that was broken off has left; and of a session of
+                # somebody else too, so that the time does not tell.
+                if method == "DELETE" and right <= granted(access):
+                    await self._tidy(session, access.tenant)
+                raise
+        if right > granted(access):
             raise Forbidden
-        return access
 
     # Who calls
 
-    async def _caller(self, scope: Scope) -> Access:
-        """Raises Unauthenticated, StoreUnavailable."""
-        given: bytes | None = None
-        host = b""
-        for name, value in scope["headers"]:
-            if name == b"authorization":
-                if given is not None:  # which of them is meant?
-                    raise Unauthenticated
-                given = value
-            elif name == b"host":
-                host = value
-        asked = self._asks or (self._only_here and not self._is_here(scope, host))
-        if given is None:
-            if asked:
-                raise Unauthenticated
-            return ANYBODY
-        scheme, _, text = given.partition(b" ")
-        if scheme.lower() != b"bearer":  # of a proxy before the service, where no key is asked for
-            if asked:
-                raise Unauthenticated
-            return ANYBODY
-        access = await self._known.caller(text.strip(b" "))
-        if access is None:
-            raise Unauthenticated
-        return access
-
-    def _is_here(self, scope: Scope, host: bytes) -> bool:
-        """Whether the connection came in at an address of this machine alone, and is meant for a name of it."""
-        server = scope.get("server")
-        if server is not None and server[1] is not None and not _is_own(server[0]):  # no port: a unix socket
+    def _may_be_keyless(self, scope: Scope, headers: Mapping[bytes, bytes]) -> bool:
+        host = headers.get(b"host", b"")
+        if self._only_here:
+            server = scope.get("server")
+            if server is not None and server[1] is not None and not is_own(server[0]):  # no port: a unix socket
+                return False
+        # No browser speaks HTTP/1.0, in which there need not be a name.
+        named = host or scope.get("http_version") != "1.0"
+        if named and (self._only_here or self._hosts is not None) and not self._is_known(host):
             return False
+        if headers.get(b"sec-fetch-site") == b"cross-site":
+            return False
+        origin = headers.get(b"origin")
+        if origin is None:
+            return True
+        sender = host_of(origin)
+        return sender is not None and (sender == host or self._is_known(sender))
+
+    def _is_known(self, host: bytes) -> bool:
+        """Whether this is one of the names that do without a key."""
         if host in self._names:
             return True
-        if not is_local_name(host.decode("latin-1")):
+        if not is_allowed(host, self._hosts):
             return False
         if len(self._names) < _MAX_NAMES and len(host) < 64:
             self._names.add(host)
@@ -146,12 +164,11 @@ class Gate:
             raise SessionNotFound(session)
         if self._tenants.get(session) == access.tenant:
             return
-        tenant = await self._tenant_of(session)
+        if await self._tenant_of(session) != access.tenant:
+            raise SessionNotFound(session)
         if len(self._tenants) >= MAX_SESSIONS:
             del self._tenants[next(iter(self._tenants))]
-        self._tenants[session] = tenant
-        if tenant != access.tenant:
-            raise SessionNotFound(session)
+        self._tenants[session] = access.tenant
 
     # What takes long
 
@@ -188,8 +205,11 @@ class Gate:
         while self._waiting:
             await asyncio.sleep(LOOK)
             keys = set(self._waiting.values())
-            valid = await asyncio.gather(*[self.valid(key, LOOK) for key in keys])
-            ended = {key for key, still in zip(keys, valid, strict=True) if not still}
+            found = await asyncio.gather(*[self.valid(key, LOOK) for key in keys], return_exceptions=True)
+            ended = {key for key, still in zip(keys, found, strict=True) if still is not True}
+            for key, still in zip(keys, found, strict=True):
+                if isinstance(still, BaseException):  # of this key alone; the others are looked at all the same
+                    log.error("a key cannot be looked at: who waits with it is let go", key=key, reason=repr(still))
             for over, key in self._waiting.items():
                 if key in ended and not over.done():
                     over.set_result(None)
@@ -203,14 +223,13 @@ class Gate:
 class _Watch:
     """The two ends of a request with a key."""
 
-    __slots__ = ("_gate", "_key", "_receive", "_send", "_until", "_whole", "refused")
+    __slots__ = ("_gate", "_key", "_receive", "_send", "_whole", "refused")
 
     def __init__(self, gate: Gate, key: str, receive: Receive, send: Send) -> None:
         self._gate = gate
         self._key = key
         self._receive = receive
         self._send = send
-        self._until = time.monotonic() + BELIEVED
         self._whole = False  # the body has come
         self.refused = False
 
@@ -219,11 +238,9 @@ class _Watch:
             return await self._wait()
         message = await self._receive()
         self._whole = message["type"] == "http.request" and not message.get("more_body", False)
-        if time.monotonic() > self._until:
-            if not await self._gate.valid(self._key):
-                self.refused = True
-                return {"type": "http.disconnect"}
-            self._until = time.monotonic() + BELIEVED
+        if not await self._gate.valid(self._key):
+            self.refused = True
+            return {"type": "http.disconnect"}
         return message
 
     async def _wait(self) -> Message:
@@ -239,43 +256,3 @@ class _Watch:
     async def send(self, message: Message) -> None:
         if not self.refused:  # or the plane tells of a client that went away, which it did not
             await self._send(message)
-
-
-# -- addresses and names -----------------------------------------------------------------------------------------------
-
-
-def is_loopback(address: str) -> bool:
-    """Of an IP address in text."""
-    try:
-        found = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return (mapped or found).is_loopback
-
-
-# The addresses of this machine that connections come in at are few.
-_is_own: Final = lru_cache(64)(is_loopback)
-
-
-def listens_locally(host: str) -> bool:
-    """Whether every address that `host` stands for, as one to listen on, is this machine's own; "" is all of them."""
-    if not host:
-        return False
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError:
-        return False
-    return all(is_loopback(str(entry[4][0])) for entry in found)
-
-
-def is_local_name(host: str) -> bool:
-    """Whether the value of a Host header names this machine: an address of it, `localhost`, or a name without a dot.
-
-    A web page can make its own name resolve to 127.0.0.1, and that name has a dot in it.
-    """
-    name = host.strip().lower()
-    if name.startswith("["):
-        return is_loopback(name[1:].partition("]")[0])
-    name = name.partition(":")[0].rstrip(".")
-    return "." not in name or name.endswith(".localhost") or is_loopback(name)

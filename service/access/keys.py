@@ -20,7 +20,9 @@ from collections.abc import Awaitable, Callable
 from time import monotonic, time
 from typing import Any, Final, NamedTuple, cast
 
+from service.access.rates import parse_rate
 from service.access.rights import SCOPES, Access, Scope
+from service.errors import Corrupt
 
 KEYS: Final = "ravine:keys"
 _TEXT: Final = re.compile(rb"rvn_([a-z0-9]{12,32})_([A-Za-z0-9_-]{43})")
@@ -100,12 +102,15 @@ class Keyring:
 
     async def get(self, id_: str) -> Key | None:
         """The key, expired or not; None where there is none, or none that this release understands."""
-        reply = await self._read("HGETALL", _name(id_))
+        try:
+            reply = await self._read("HGETALL", _name(id_))
+        except Corrupt:  # something else lies in its place
+            return None
         return _key_of(id_, reply)
 
     async def all(self) -> list[Key]:
         """All keys, oldest first, the expired ones too."""
-        ids = [member.decode() for member in await self._read("ZRANGE", KEYS, 0, -1)]
+        ids = [member.decode("utf-8", "replace") for member in await self._read("ZRANGE", KEYS, 0, -1)]
         found = await asyncio.gather(*[self.get(id_) for id_ in ids])
         return [key for key in found if key is not None]
 
@@ -123,10 +128,12 @@ def _name(id_: str) -> str:
 def _key_of(id_: str, reply: Any) -> Key | None:
     """HGETALL's reply, which is a list or, of a cluster's client, a dict."""
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
-    fields = {name.decode(): value.decode() for name, value in pairs}
     try:
+        fields = {name.decode(): value.decode() for name, value in pairs}
         if fields["scope"] not in SCOPES:
             return None
+        if fields["rate"]:
+            parse_rate(fields["rate"])
         return Key(
             id_,
             fields["digest"],
@@ -153,7 +160,8 @@ class _Seen(NamedTuple):
 class KnownKeys:
     """Whose a key is. What the store said is believed for BELIEVED seconds, of at most MAX_CACHED keys.
 
-    Ids that there are none of are not remembered: whoever sends many of them pushes no valid key out.
+    Ids that there are none of are not remembered: whoever sends many of them pushes no valid key out. No more of them
+    are asked for at once than requests are let in.
     """
 
     def __init__(self, keyring: Keyring) -> None:

@@ -25,7 +25,7 @@ from limits.aio.storage.redis.redispy import RedispyBridge
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from service.access.rates import parse_rate
-from service.access.rights import Access
+from service.access.rights import Access, Right, granted, path_of
 from service.access.script import Call, Script
 from service.admission import TICKET, Ticket
 from service.errors import QuotaExceeded, Standing, StoreFull
@@ -33,7 +33,8 @@ from service.http import Message, Scope, Send
 from service.problems import rate_limits
 
 PREFIX: Final = "ravine:limits"
-# Not counted: what anybody may ask for, and what watches the service, which would be blind just when it matters.
+# Not counted: what anybody may ask for, and what watches the service, which would be blind just when it matters. Nobody
+# but the operator has a right to the latter, and the former is asked for as nobody, whoever asks.
 UNCOUNTED: Final = frozenset(("/livez", "/readyz", "/metrics", "/docs"))
 
 
@@ -74,7 +75,7 @@ class Quotas:
         """None where nothing is counted. Raises QuotaExceeded, StoreUnavailable."""
         if self._rate is None and access.rate is None and self._requests is None:
             return None
-        if scope["path"].removeprefix(scope.get("root_path", "")) in UNCOUNTED:
+        if path_of(scope) in UNCOUNTED and granted(access) is Right.OPERATOR:
             return None
         self._begin(access.tenant)
         turn = Turn(lambda: self._end(access.tenant))

@@ -42,16 +42,25 @@ def access_of(scope: Mapping[str, Any]) -> Access:
 
 
 class Right(IntEnum):
-    """What a call asks of its caller. Whoever has one has those before it."""
+    """What a call asks of its caller, in order: whoever has one of them has all those that stand above it here."""
 
     OPEN = 0  # no key
     KEY = 1  # a key of any scope: what is told is of no tenant
     WORK = 2  # a key of the session's tenant; a worker's for its own session
     SESSIONS = 3  # a key of the scope `session`
     ADMIN = 4  # a key of the scope `admin`
+    OPERATOR = 5  # a key of the scope `admin`, of the tenant `default`: what is told is of all tenants
 
 
 GRANTED: Final[Mapping[Scope, Right]] = {"worker": Right.WORK, "session": Right.SESSIONS, "admin": Right.ADMIN}
+
+
+def granted(access: Access) -> Right:
+    """The highest right that a caller has."""
+    if access.scope == "admin" and access.tenant == DEFAULT_TENANT:
+        return Right.OPERATOR
+    return GRANTED[access.scope]
+
 
 _SESSIONS: Final = "/v1/sessions"
 _ONE: Final = "/v1/sessions/{session}"
@@ -78,7 +87,7 @@ _CALLS: Final[dict[str, dict[str, Right]]] = {
     "/docs": {"GET": Right.OPEN},
     "/livez": {"GET": Right.OPEN},
     "/readyz": {"GET": Right.OPEN},
-    "/metrics": {"GET": Right.ADMIN},
+    "/metrics": {"GET": Right.OPERATOR},
 }
 _HEADLESS: Final = {f"{_ONE}/events"}  # a stream
 
@@ -103,6 +112,13 @@ _NAMED: Final = {
     for path, methods in CALLS.items()
     if path.endswith("}") and not path.startswith(_ONE)
 }
+
+
+def path_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request below the root that the application is mounted at."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(root + "/") else path
 
 
 def call_at(path: str) -> tuple[Mapping[str, Right] | None, str]:

@@ -5,11 +5,13 @@
 local found = redis.call('HGET', KEYS[1], ARGV[1])
 local total = redis.call('HGET', KEYS[1], 'total')
 local sessions = redis.call('HLEN', KEYS[1]) - (total and 1 or 0)
-if not found and ARGV[7] ~= '' and sessions >= tonumber(ARGV[7]) then return {'sessions', sessions} end
+-- What needs no more than there is is not asked: a change that makes a session smaller.
+local asked = ARGV[5] == '' or tonumber(ARGV[4]) > 0
+if not found and ARGV[5] == '' and ARGV[7] ~= '' and sessions >= tonumber(ARGV[7]) then return {'sessions', sessions} end
 local all = tonumber(total or 0)
 local more = tonumber(ARGV[4])
 if not found then more = more + tonumber(ARGV[2]) end
-if more > 0 and ARGV[8] ~= '' and all + more > tonumber(ARGV[8]) then
+if asked and more > 0 and ARGV[8] ~= '' and all + more > tonumber(ARGV[8]) then
   return {'state', string.format('%.0f', all)}
 end
 local entry = found or (ARGV[2] .. ' ' .. ARGV[3])

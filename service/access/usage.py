@@ -11,7 +11,8 @@ release did not.
 A change of the recipe that needs more takes that before it is committed: " token:bytes:time" behind its session's
 entry, so that two changes do not live on the room of one. It is given back when the entry is settled by what the head
 says; `seq` is the sequence number of the head, for replicas that settle late. Of a change that nobody knows the end of
-the room stays taken until it is old.
+the room stays taken until it is old. One that needs less is written there too, with no bytes: so the entry is settled
+by whoever meets the session next, if whoever made the change broke off.
 """
 
 import secrets
@@ -87,7 +88,7 @@ class Usage:
         await self._enter(tenant, session, size, 0, 0, "")
 
     async def reserve(self, tenant: str, session: str, size: int, seq: int, more: int) -> str:
-        """Takes `more` bytes for a change of a session of `size` bytes; the token to settle it with.
+        """Takes `more` bytes, or none, for a change of a session of `size` bytes; the token to settle it with.
 
         Raises QuotaExceeded, with nothing taken.
         """
@@ -123,6 +124,10 @@ class Usage:
 
     async def leave(self, tenant: str, session: str) -> None:
         await self._leave([tenant_key(tenant, "usage")], [session])
+
+    async def sessions(self, tenant: str) -> list[str]:
+        """All that are entered."""
+        return [name.decode() for name in await self._call("HKEYS", tenant_key(tenant, "usage")) if name != b"total"]
 
     async def unsettled(self, tenant: str, sessions: Sequence[str]) -> set[str]:
         """Those of `sessions` that have no entry, or one with changes that were not settled, or not yet."""

@@ -12,6 +12,7 @@ lock under which a service switches from the log to dumps: the dump could otherw
 import asyncio
 import contextlib
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -52,7 +53,7 @@ def backup(file: File, data: Data = None) -> None:
             "ravine: that is the store's own business where it is a Redis of yours: docs/operations.md", err=True
         )
         raise typer.Exit(2)
-    if file.exists():
+    if os.path.lexists(file):
         typer.echo(f"ravine: {file} is there already: a backup replaces nothing", err=True)
         raise typer.Exit(2)
     run_(_backup(file, settings))
@@ -67,14 +68,15 @@ def restore(file: File, data: Data = None) -> None:
 
 
 async def _backup(file: Path, settings: Settings) -> None:
-    partial = file.with_name(f"{file.name}.partial")
+    # A name that nobody can have put anything in the way of: the directory may be one that others write into.
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     directory = settings.data.expanduser().resolve()
     async with opened(settings, make=False) as store:
         await _dump(store)
         try:
             await asyncio.to_thread(_copy, directory / DUMP, partial)
             await asyncio.to_thread(check, partial)
-            partial.rename(file)
+            _name(partial, file)
             _sync(file.parent)
         finally:
             partial.unlink(missing_ok=True)
@@ -126,7 +128,8 @@ def _restore(file: Path, directory: Path) -> None:
     with _locked(directory / "valkey.lock") as idle, _locked(directory / "valkey.alive") as dead:
         if not (idle and dead):
             raise BackupFailed(f"a service works on {directory}: stop it, or name another directory")
-        partial = directory / "temp-restored.rdb"  # whoever starts a server here removes what is called temp-…
+        # Whoever starts a server here removes what is called temp-…
+        partial = directory / f"temp-{secrets.token_hex(8)}.rdb"
         _copy(file, partial)
         check(partial)
         partial.rename(directory / DUMP)
@@ -147,12 +150,25 @@ def check(file: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The bytes, on the disk; the source may be replaced under its name meanwhile."""
-    private = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    """The bytes, on the disk, in a file that was not there; the source may be replaced under its name meanwhile."""
+    private = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with source.open("rb") as reading, os.fdopen(private, "wb") as writing:
         shutil.copyfileobj(reading, writing, 1 << 20)
         writing.flush()
         os.fsync(writing.fileno())
+
+
+def _name(partial: Path, file: Path) -> None:
+    """Gives the file its name. Raises BackupFailed where something has it by now: a link replaces nothing."""
+    taken = f"{file} is there already: a backup replaces nothing"
+    try:
+        os.link(partial, file, follow_symlinks=False)
+    except FileExistsError:
+        raise BackupFailed(taken) from None
+    except OSError:  # a file system without links, such as FAT
+        if os.path.lexists(file):
+            raise BackupFailed(taken) from None
+        partial.rename(file)
 
 
 def _sync(directory: Path) -> None:

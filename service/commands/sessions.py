@@ -1,6 +1,7 @@
 """`ravine sessions`: what the store has of a session, and letting one go on whose store went back."""
 
 import json
+from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from service.index import DEFAULT_TENANT
 from service.inspection import described, inspect
 from service.records import Head, state_lost
 from service.settings import Settings
+from service.store import Store
 
 cli = typer.Typer(
     name="sessions", help="Look at sessions in the store; accept what is left of one.", no_args_is_help=True
@@ -25,7 +27,9 @@ Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 @cli.command("list")
 def list_(
-    tenant: Annotated[str, typer.Option(help="Whose sessions.")] = DEFAULT_TENANT,
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose sessions: those of `default`, with --lost of all.", show_default=False)
+    ] = None,
     lost: Annotated[bool, typer.Option("--lost", help="Those alone whose store lost steps.")] = False,
     as_json: Json = False,
     redis_url: RedisUrl = None,
@@ -53,26 +57,33 @@ def accept(
     run(_accept(settings_of(redis_url=redis_url, data=data), id_, yes=yes))
 
 
-async def _list(settings: Settings, tenant: str, *, lost: bool, as_json: bool) -> None:
-    after: str | None = None
+async def _list(settings: Settings, tenant: str | None, *, lost: bool, as_json: bool) -> None:
     async with opened(settings, make=False) as store:
-        while ids := await store.index.ids(tenant, None, after, PAGE):
-            for id_, head in zip(ids, await store.heads(ids), strict=True):
-                if isinstance(head, UnknownFormat):
-                    shown: dict[str, Any] = {"id": id_, "format": head.format}
-                elif head is None or (lost and head.lost is None):
-                    continue
-                else:
-                    shown = {"id": id_, "step": head.step, "updated_at": head.updated_at, "lost": head.lost is not None}
+        everybody = await store.index.tenants() if lost else [DEFAULT_TENANT]
+        for name in everybody if tenant is None else [tenant]:
+            async for shown in _listed(store, name, lost=lost):
                 typer.echo(json.dumps(shown) if as_json else _line(shown))
-            after = ids[-1]
+
+
+async def _listed(store: Store, tenant: str, *, lost: bool) -> AsyncIterator[dict[str, Any]]:
+    after: str | None = None
+    while ids := await store.index.ids(tenant, None, after, PAGE):
+        for id_, head in zip(ids, await store.heads(ids), strict=True):
+            if isinstance(head, UnknownFormat):
+                if not lost:
+                    yield {"id": id_, "format": head.format}
+            elif head is not None and (head.lost is not None or not lost):
+                stands = {"step": head.step, "updated_at": head.updated_at, "lost": head.lost is not None}
+                yield {"id": id_, "tenant": tenant, **stands}
+        after = ids[-1]
 
 
 def _line(found: dict[str, Any]) -> str:
     if "format" in found:
         return f"{found['id']}  of format {found['format']}, which this release does not read"
+    whose = "" if found["tenant"] == DEFAULT_TENANT else f"  of tenant {found['tenant']}"
     lost = "  lost steps" if found["lost"] else ""
-    return f"{found['id']}  step {found['step']}  changed {found['updated_at']}{lost}"
+    return f"{found['id']}{whose}  step {found['step']}  changed {found['updated_at']}{lost}"
 
 
 async def _inspect(settings: Settings, id_: str) -> dict[str, Any]:

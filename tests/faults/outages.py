@@ -195,17 +195,21 @@ def halted(servers: Sequence[Replica]) -> Iterator[None]:
 
 
 def torn_logs(directory: Path, seed: int, times: int) -> Verdict:
-    """The store dies with its machine: its log ends early, anywhere. The services live, and find it so."""
+    """The store dies with its machine: its log ends early, anywhere. The services live, and find it so.
+
+    The first time something that was acknowledged is gone; then that is left to chance.
+    """
     draw, injected = random.Random(seed), 0
     with forwarding() as front, storing(directory / "store", *DURABLE) as store:
         front.lead(store.address)
         with replicas(shared(), directory, 2, "--redis-url", front.url) as servers:
             crowd = Crowd(servers, seed, lossy=True).start()
             with accepting(crowd.targets, front.url) as operator:
-                for _ in rounds(crowd, times, draw):
+                for i in rounds(crowd, times, draw):
                     front.lead(None)
                     store.kill()
-                    injected += tear(store.directory, draw)
+                    last = max(crowd.targets[0].acknowledged, key=lambda told: told.step)
+                    injected += tear(store.directory, draw, "" if i else last.commit)
                     store.start()
                     with store.client() as client:
                         went_back(crowd, client, 0.0)
@@ -231,11 +235,16 @@ def log_of(data: Path) -> Path:
     return max((data / LOG_DIRECTORY).glob("*.incr.aof"), key=lambda path: int(path.name.split(".")[-3]))
 
 
-def tear(data: Path, draw: random.Random) -> bool:
-    """Takes a random number of bytes from the end of the log: mostly few, so that it ends in the middle of a commit."""
+def tear(data: Path, draw: random.Random, commit: str = "") -> bool:
+    """Takes a random number of bytes from the end of the log: mostly few, so that it ends in the middle of a commit.
+    So many that `commit` is gone.
+    """
     path = log_of(data)
     size = path.stat().st_size
-    os.truncate(path, max(0, size - draw.randrange(1, draw.choice((300, 3_000, 300_000)))))
+    left = max(0, size - draw.randrange(1, draw.choice((300, 3_000, 300_000))))
+    if commit:
+        left = min(left, path.read_bytes().index(commit.encode()))  # later it stands there as somebody's parent
+    os.truncate(path, left)
     return path.stat().st_size < size
 
 

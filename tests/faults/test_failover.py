@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from tests.faults.crowd import Crowd, accept, replicas, verdict, went_back
 from tests.faults.nursery import shared
@@ -99,7 +98,6 @@ def test_another_service_has_long_gone_on(tmp_path: Path) -> None:
             assert client.delete(f"/v1/sessions/{session}").status_code == 204
 
 
-@pytest.mark.xfail(strict=True, reason="who stood where the store was found does not learn that this was accepted")
 def test_a_second_loss_soon_after_the_first_was_accepted(tmp_path: Path) -> None:
     """By a service that had seen nothing of what was lost first: it stood where the store was found, and went on."""
     with (

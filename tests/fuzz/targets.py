@@ -18,7 +18,7 @@ import zstandard
 
 from core.errors import CoreError
 from core.evaluate import Evaluator
-from service import contributions, examples, http, live, schemas
+from service import bodies, contributions, examples, http, live, schemas
 from service.documents import now
 from service.errors import ServiceError
 from service.wire import inflate
@@ -161,7 +161,7 @@ def _headers(data: bytes) -> None:
         lambda value: http.negotiate(value, "json", ("json", "safetensors")),
         http.idempotency_key,
         http.last_event_id,
-        lambda value: http.content_coding(value.encode("latin-1")),
+        lambda value: bodies.content_coding(value.encode("latin-1")),
         lambda value: http.query(value.encode("latin-1"), ("worker", "weight")),
     ):
         try:

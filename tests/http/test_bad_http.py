@@ -143,7 +143,7 @@ def test_malformed_ids(server: Server, id_: str) -> None:
         for method, resource in RESOURCES:
             content = b"" if resource == "/fork" else body.get(method, b"")
             target = f"/v1/sessions/{id_}{resource}".encode()
-            headers = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}".encode()
+            headers = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}".encode()
             connection.sendall(b"%s %s HTTP/1.1\r\n%s\r\n\r\n%s" % (method.encode(), target, headers, content))
             status, found, reply = reply_on(connection)
             assert status == 404, (method, target, status, reply)
@@ -311,7 +311,7 @@ def test_a_request_id_is_returned_or_made(client: httpx.Client, session: str) ->
     [b"a b", b"x" * 129, b"a;b", b"\xff\xfe", b"a\tb", b'"', b"<x>", b"%0d%0aSet-Cookie: a=b", b"a\\nb", b"\x1b[31m"],
 )
 def test_other_request_ids_are_not_returned(server: Server, given: bytes) -> None:
-    request = b"GET /livez HTTP/1.1\r\nHost: x\r\nX-Request-Id: " + given + b"\r\nConnection: close\r\n\r\n"
+    request = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: " + given + b"\r\nConnection: close\r\n\r\n"
     status, headers, _ = exchange(server, request)
     if status == 400:  # the server's parser takes no control characters at all
         assert b"\x1b" in given
@@ -325,7 +325,7 @@ def test_other_request_ids_are_not_returned(server: Server, given: bytes) -> Non
 
 
 def head(method: str, path: str, *lines: str) -> bytes:
-    text = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: x", *lines])
+    text = "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines])
     return f"{text}\r\n\r\n".encode("latin-1")
 
 
@@ -356,16 +356,16 @@ def test_headers_that_no_library_sends(server: Server, client: httpx.Client, ses
     "request_",
     [
         b"\r\n\r\n\r\nnonsense\r\n\r\n",
-        b"GET /livez HTTP/9.9\r\nHost: x\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nX: a\0b\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nX\x01: a\r\n\r\n",
-        b"GET /li vez HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /v1/sessions/ses_\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: abc\r\n\r\n",
-        b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: " + b"9" * 40 + b"\r\n\r\n",
-        b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
-        b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /livez HTTP/9.9\r\nHost: localhost\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX\x01: a\r\n\r\n",
+        b"GET /li vez HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /v1/sessions/ses_\xc3\xa9 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Length: abc\r\n\r\n",
+        b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 40 + b"\r\n\r\n",
+        b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+        b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"POST /v1/sessions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n",
     ],
 )

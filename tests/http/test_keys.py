@@ -164,7 +164,7 @@ def test_a_key_is_read_from_its_header_alone(world: Houses) -> None:
         unauthenticated(client.get("/v1/sessions", headers={"Proxy-Authorization": f"Bearer {text}"}))
 
 
-@pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "BEARER   {}"])
+@pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "BEARER   {}", "Bearer\t{}", "Bearer \t {}"])
 def test_the_scheme_has_no_case(world: Houses, form: str) -> None:
     with world.server.client() as client:
         given = {"Authorization": form.format(world.keys["admin"][0])}
@@ -335,7 +335,13 @@ def test_a_name_of_this_machine_needs_no_key(server: Server, host: str) -> None:
         assert client.get("/v1/sessions", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["rebound.example.com", "192.0.2.7:8000", "127.0.0.1.example.com", "[2001:db8::1]"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("rebound.example.com", "192.0.2.7:8000", "127.0.0.1.example.com", "[2001:db8::1]", "evil", ""),
+        *("[::1].evil.com", "127.0.0.1:99@evil.com", "user@localhost"),
+    ],
+)
 def test_a_name_that_others_use_needs_a_key(server: Server, host: str) -> None:
     """A web page whose own name leads to 127.0.0.1, or a proxy in front."""
     with server.client() as client:
@@ -345,6 +351,43 @@ def test_a_name_that_others_use_needs_a_key(server: Server, host: str) -> None:
     with server.client() as client:
         assert client.get("/v1/sessions", headers={"Host": host, **bearing(text)}).status_code == 200
     revoke(server.store_url(), key)
+
+
+def test_without_a_name_at_all_as_in_http_1_0(server: Server) -> None:
+    for version, headers, status in (("1.0", "", 200), ("1.0", "Host:\r\n", 200), ("1.1", "Host:\r\n", 401)):
+        with connected(server) as connection:
+            connection.sendall(f"GET /v1/sessions HTTP/{version}\r\n{headers}Connection: close\r\n\r\n".encode())
+            assert head_of(connection)[0] == status, (version, headers)
+
+
+FROM_ELSEWHERE = [
+    *({"Origin": "https://evil.example.com"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1.example.com"}),
+    *({"Origin": "evil"}, {"Origin": ""}, {"Sec-Fetch-Site": "cross-site"}),
+    {"Origin": "http://localhost", "Sec-Fetch-Site": "cross-site"},
+]
+
+
+@pytest.mark.parametrize("headers", FROM_ELSEWHERE, ids=repr)
+def test_a_page_from_elsewhere_changes_nothing(server: Server, headers: dict[str, str]) -> None:
+    """It could not read the answer, there being no CORS, but it could send what needs none."""
+    body = json.dumps({"optimizer": "sgd", "params": {"w": [1.0]}})
+    before = stored(server.store_url())
+    with server.client() as client:
+        unauthenticated(client.post("/v1/sessions", content=body, headers=headers))
+        assert stored(server.store_url()) == before
+        assert client.get("/livez", headers=headers).status_code == 200
+    text, key = add_key(server.store_url())
+    with server.client(headers=bearing(text)) as client:
+        assert client.get("/v1/sessions", headers=headers).status_code == 200
+    revoke(server.store_url(), key)
+
+
+def test_a_page_of_this_machine_needs_no_key(server: Server) -> None:
+    with server.client() as client:
+        for origin in (server.url, "http://localhost:3000", "https://[::1]"):
+            assert client.get("/v1/sessions", headers={"Origin": origin}).status_code == 200
+        for site in ("same-origin", "same-site", "none"):
+            assert client.get("/v1/sessions", headers={"Sec-Fetch-Site": site}).status_code == 200
 
 
 def test_the_reference_may_need_a_key_too(data: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_length_over_the_limit_is_refused_before_the_body_is_sent(
 ) -> None:
     with unchanged(client, session):
         for method, url, headers in writes(session):
-            lines = f"Host: x\r\nContent-Type: {headers['Content-Type']}\r\nContent-Length: {length}\r\n"
+            lines = f"Host: localhost\r\nContent-Type: {headers['Content-Type']}\r\nContent-Length: {length}\r\n"
             status, found, body = exchange(small, f"{method} {url} HTTP/1.1\r\n{lines}\r\n".encode())
             assert (status, found["content-type"]) == (413, "application/problem+json"), (url, body)
             document = json.loads(body)
@@ -69,7 +69,8 @@ def test_a_length_over_the_limit_is_refused_before_the_body_is_sent(
 
 def test_a_client_that_asks_before_it_sends_is_told(small: Server, session: str) -> None:
     with connected(small) as connection:
-        lines = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {LIMIT + 1}\r\nExpect: 100-continue\r\n"
+        lines = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {LIMIT + 1}\r\n"
+        lines += "Expect: 100-continue\r\n"
         connection.sendall(f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}\r\n".encode())
         assert reply_on(connection)[0] == 413
 

@@ -148,7 +148,8 @@ def test_waiting_ends_with_the_session(server: Server, client: httpx.Client, ses
 
 def test_nobody_waits_for_a_client_that_left(server: Server, session: str) -> None:
     with connected(server) as connection:
-        connection.sendall(f"GET /v1/sessions/{session}/params?after=0&wait=60 HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        path = f"/v1/sessions/{session}/params?after=0&wait=60"
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         await_listeners(server, session, 1)
     await_listeners(server, session, 0)
 

@@ -113,8 +113,14 @@ def test_a_rate_is_counted_down_to_nothing(rated: Server) -> None:
             assert headers["ratelimit"].endswith(f"t={headers['retry-after']}")
             assert 0 < int(headers["retry-after"]) <= 2 * 86400
         # What watches the service, and what anybody may see, is not counted.
-        for path in ("/livez", "/readyz", "/metrics", "/docs"):
+        for path in ("/livez", "/readyz", "/docs"):
             reply = client.get(path)
+            assert reply.status_code == 200
+            assert "ratelimit" not in reply.headers
+        exceeded(client.get("/metrics"), "rate", RATE)  # which is for the operator
+    with rated.client() as operator:
+        for _ in range(RATE + 1):
+            reply = operator.get("/metrics")
             assert reply.status_code == 200
             assert "ratelimit" not in reply.headers
     with client_of(rated) as other:
@@ -171,6 +177,26 @@ def test_a_key_has_a_rate_of_its_own_within_the_tenants(rated: Server) -> None:
             assert standing(slow.get("/v1/optimizers")) == {"key": (0, 3)}
         exceeded(slow.get("/v1/optimizers"), "rate", 3)
         assert standing(other.get("/v1/optimizers")) == {"tenant": (RATE - 4, RATE)}
+
+
+def test_what_may_not_be_done_counts_as_well(rated: Server) -> None:
+    with client_of(rated, scope="session") as client:
+        left = RATE
+        for method, path, status in (
+            ("GET", f"/v1/sessions/ses_{'0' * 25}", 404),
+            ("GET", "/nothing", 404),
+            ("PUT", "/v1/sessions", 405),
+        ):
+            for _ in range(2):
+                left -= 1
+                reply = client.request(method, path)
+                assert reply.status_code == status
+                assert standing(reply) == {"tenant": (left, RATE)}
+        for _ in range(left):
+            client.get("/nothing")
+        exceeded(client.get("/nothing"), "rate", RATE)
+    with rated.client(headers={"Authorization": "Bearer rvn_wrong"}) as client:
+        assert client.get("/v1/optimizers").status_code == 401
 
 
 def test_a_key_may_have_a_rate_where_tenants_have_none(bounded: Server) -> None:
@@ -362,6 +388,59 @@ def test_whoever_lists_drops_what_is_counted_and_not_there(bounded: Server) -> N
         assert len(client.get("/v1/sessions").json()["data"]) == 1
         assert usage(bounded, tenant) == before
         assert store.zscore(f"ravine:tenant:{tenant}:sessions", gone) is None
+
+
+OLD = "ses_" + ALPHABET[0] * 9 + "{:0>16}"  # made in 1970
+
+
+def leave_behind(server: Server, tenant: str, *sessions: str) -> None:
+    """As a crash between the end of a session and its leaving: entered, and not there."""
+    with store_of(server) as store:
+        for session in sessions:
+            store.zadd(f"ravine:tenant:{tenant}:sessions", {session: 0})
+            store.hset(f"ravine:tenant:{tenant}:usage", session, "1000 0")
+            store.hincrby(f"ravine:tenant:{tenant}:usage", "total", 1000)
+
+
+@pytest.mark.parametrize("quota", ["sessions", "state"])
+def test_what_is_counted_and_not_there_takes_no_room(bounded: Server, quota: str) -> None:
+    tenant = next(tenants)
+    with client_of(bounded, tenant) as client:
+        kept = create(client, **ADAM)["id"]
+        leave_behind(bounded, tenant, *[OLD.format(i) for i in range(3)])
+        made = create(client, **(ADAM if quota == "sessions" else sized(STATE // 16)))["id"]
+        assert usage(bounded, tenant).keys() == {kept, made, "total"}
+        assert set(lists(bounded, tenant)[1]) == {kept, made}
+        counted(bounded, tenant, client)
+
+
+def test_deleting_once_more_ends_what_a_deletion_left(bounded: Server) -> None:
+    tenant, gone = next(tenants), OLD.format("gone")
+    with client_of(bounded, tenant) as client, client_of(bounded) as other:
+        kept = create(client, **ADAM)["id"]
+        before = usage(bounded, tenant), lists(bounded, tenant)[1]
+        leave_behind(bounded, tenant, gone)
+        with_entry = usage(bounded, tenant)
+        refused(other.delete(f"/v1/sessions/{gone}"), 404, "session-not-found")
+        refused(other.delete(f"/v1/sessions/{kept}"), 404, "session-not-found")
+        with client_of(bounded, tenant, scope="worker") as worker:
+            assert worker.delete(f"/v1/sessions/{gone}").status_code == 404
+        assert usage(bounded, tenant) == with_entry
+        refused(client.delete(f"/v1/sessions/{gone}"), 404, "session-not-found")
+        assert (usage(bounded, tenant), lists(bounded, tenant)[1]) == before
+
+
+def test_what_is_refused_makes_no_arrays(bounded: Server) -> None:
+    def peak() -> int:
+        """The most memory that the service had, in KiB."""
+        return int(re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{bounded.pid}/status").read_text())[0])
+
+    with client_of(bounded) as client:
+        large = {"optimizer": "adam", "shapes": {"w": [80_000_000]}}  # 960 MB
+        exceeded(client.post("/v1/sessions", json={**large, "shapes": {"w": [4096]}}), "state", STATE)
+        before = peak()
+        exceeded(client.post("/v1/sessions", json=large), "state", STATE)
+        assert peak() - before < 100_000
 
 
 # -- requests in flight ----------------------------------------------------------------------------------------

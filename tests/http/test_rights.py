@@ -17,7 +17,7 @@ from service.data import DataPlane
 from service.engine import Engine
 from service.openapi import openapi
 from service.operations import OPERATIONS, PAGES, methods_of
-from tests.http.callers import ALL, IDS, MISSING, Call, Houses, houses, stored
+from tests.http.callers import ALL, IDS, MISSING, Call, Houses, add_key, bearing, houses, stored
 from tests.http.files import SAFETENSORS
 from tests.http.refusals import refused, unchanged
 from tests.wire import create
@@ -203,6 +203,14 @@ def test_a_key_of_an_idempotent_step_is_the_sessions(world: Houses) -> None:
     theirs = world.other.post(f"/v1/sessions/{world.foreign}/steps", **sent)  # type: ignore[arg-type]
     assert (mine.status_code, theirs.status_code) == (200, 200)
     assert "ravine-replayed" not in theirs.headers
+
+
+def test_what_counts_for_all_tenants_is_for_admins_of_the_default_one(world: Houses) -> None:
+    url = world.server.store_url()
+    for tenant, scope, status in (("default", "admin", 200), ("default", "session", 403), ("acme", "admin", 403)):
+        text, _ = add_key(url, tenant, cast("Scope", scope))
+        with world.server.client(headers=bearing(text)) as client:
+            assert client.get("/metrics").status_code == status
 
 
 def test_a_worker_is_not_shown_what_the_noise_is_drawn_from(world: Houses) -> None:

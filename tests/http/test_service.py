@@ -304,7 +304,8 @@ def loaded(data: Path) -> Iterator[tuple[Server, str, list[Load]]]:
 def test_stopping_under_load(loaded: tuple[Server, str, list[Load]]) -> None:
     server, session, threads = loaded
     body = b'{"gradients": {"w": [1.0]}, "return": "none"}'
-    lines = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n"
+    lines = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    lines += "Expect: 100-continue\r\n"
     waits: list[httpx.Response] = []
 
     def wait() -> None:
@@ -317,7 +318,7 @@ def test_stopping_under_load(loaded: tuple[Server, str, list[Load]]) -> None:
     with connected(server) as under_way, connected(server) as following:
         under_way.sendall(f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}\r\n".encode())
         assert head_of(under_way)[0] == 100  # so it is under way, its body still to come
-        following.sendall(f"GET /v1/sessions/{session}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        following.sendall(f"GET /v1/sessions/{session}/events HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert head_of(following)[0] == 200
         assert server.process is not None
         server.process.terminate()

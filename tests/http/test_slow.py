@@ -90,8 +90,8 @@ def test_a_silent_connection_is_closed_without_a_word(hasty: Server) -> None:
 @pytest.mark.parametrize(
     ("begun", "drip"),
     [
-        (b"GET /livez HTTP/1.1\r\nHost: x\r\nA: ", b"a"),
-        (b"GET /livez HTTP/1.1\r\nHost: x\r\n", b"A: b\r\n"),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\nA: ", b"a"),
+        (b"GET /livez HTTP/1.1\r\nHost: localhost\r\n", b"A: b\r\n"),
         (b"GET /", b"a"),
         (b"G", b""),
     ],
@@ -108,10 +108,10 @@ def test_a_slow_head_is_told_so_and_cut(hasty: Server, begun: bytes, drip: bytes
 def test_the_deadline_of_a_second_head_begins_with_its_own_first_byte(hasty: Server) -> None:
     with connected(hasty) as connection:
         for _ in range(3):
-            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert reply_on(connection)[0] == 200
             time.sleep(HEAD_SECONDS * 0.6)
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n")
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n")
         head, _ = problem_in(until_closed(connection, b"A: b\r\n"))
     assert head.startswith(b"HTTP/1.1 408 ")
 
@@ -119,10 +119,10 @@ def test_the_deadline_of_a_second_head_begins_with_its_own_first_byte(hasty: Ser
 def test_a_connection_that_was_used_may_be_silent_for_longer(hasty: Server) -> None:
     """For 75 s; what a head may take does not count."""
     with connected(hasty) as connection:
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert reply_on(connection)[0] == 200
         time.sleep(HEAD_SECONDS * 3)
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert reply_on(connection)[0] == 200
 
 
@@ -136,7 +136,7 @@ def test_a_slow_head_behind_a_request_that_waits_does_not_disturb_it(hasty: Serv
     seconds = HEAD_SECONDS * 2
     with connected(hasty) as connection:
         path = f"/v1/sessions/{session}/params?after=1000000&wait={seconds}"
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\nGET /li".encode())
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\nGET /li".encode())
         status, headers = head_of(connection)
         assert status == 304
         assert "connection" not in headers
@@ -161,7 +161,8 @@ def test_a_body_that_stops_is_given_up(
     method = {"/steps": "POST", "/params": "PUT", "": "PATCH"}[path]
     before = client.get(f"/v1/sessions/{session}").headers["etag"]
     with connected(hasty) as connection:
-        line = f"{method} /v1/sessions/{session}{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        line = f"{method} /v1/sessions/{session}{path} HTTP/1.1\r\nHost: localhost\r\n"
+        line += "Content-Type: application/json\r\n"
         chunk = b"%x\r\n%s\r\n" % (len(first), first) if what == "in chunks" and first else first
         connection.sendall(line.encode() + BODIES[what] + chunk)
         head, document = problem_in(until_closed(connection))
@@ -174,7 +175,7 @@ def test_a_body_that_stops_is_given_up(
 def test_a_long_body_has_no_longer_for_its_first_bytes(hasty: Server, session: str) -> None:
     """It was announced to be of 500 MB, which at the slowest pace would be two hours."""
     with connected(hasty) as connection:
-        lines = "Host: x\r\nContent-Type: application/json\r\nContent-Length: 500000000\r\n\r\n"
+        lines = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 500000000\r\n\r\n"
         connection.sendall(f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}".encode())
         head, _ = problem_in(until_closed(connection, b" "))
     assert head.startswith(b"HTTP/1.1 408 ")
@@ -186,7 +187,7 @@ def test_a_body_that_comes_steadily_may_take_longer(hasty: Server, session: str)
     body = STEP + b" " * (pieces * (128 << 10) // 10)
     size = -(-len(body) // pieces)
     with connected(hasty) as connection:
-        lines = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        lines = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}".encode())
         for start in range(0, len(body), size):
             connection.sendall(body[start : start + size])
@@ -196,7 +197,8 @@ def test_a_body_that_comes_steadily_may_take_longer(hasty: Server, session: str)
 
 def test_who_asks_before_it_sends_is_asked_for_the_body_and_given_up(hasty: Server, session: str) -> None:
     with connected(hasty) as connection:
-        lines = "Host: x\r\nContent-Type: application/json\r\nContent-Length: 10\r\nExpect: 100-continue\r\n\r\n"
+        lines = "Host: localhost\r\nContent-Type: application/json\r\nContent-Length: 10\r\n"
+        lines += "Expect: 100-continue\r\n\r\n"
         connection.sendall(f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}".encode())
         assert head_of(connection)[0] == 100
         head, _ = problem_in(until_closed(connection))
@@ -206,12 +208,12 @@ def test_who_asks_before_it_sends_is_asked_for_the_body_and_given_up(hasty: Serv
 def test_a_body_that_nobody_wants_does_not_hold_the_connection(hasty: Server) -> None:
     """A short one is read, and the connection goes on; a long one ends it, with the reply read first."""
     with connected(hasty) as connection:
-        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
         assert reply_on(connection)[0] == 404
-        connection.sendall(b"x" * 1000 + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"x" * 1000 + b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert reply_on(connection)[0] == 200
     with connected(hasty) as connection:
-        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n\r\n")
+        connection.sendall(b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 50000000\r\n\r\n")
         said = until_closed(connection, b"x" * 1000)
         assert said.startswith(b"HTTP/1.1 404 ")
         assert b"connection: close" in said
@@ -236,7 +238,7 @@ def large(client: httpx.Client) -> str:
 
 def test_a_client_that_does_not_read_is_cut(hasty: Server, large: str) -> None:
     with connected(hasty) as connection:
-        lines = "Host: x\r\nAccept: application/vnd.safetensors\r\n\r\n"
+        lines = "Host: localhost\r\nAccept: application/vnd.safetensors\r\n\r\n"
         connection.sendall(f"GET {large} HTTP/1.1\r\n{lines}".encode())
         status, headers = head_of(connection)
         assert status == 200
@@ -247,7 +249,7 @@ def test_a_client_that_does_not_read_is_cut(hasty: Server, large: str) -> None:
 def test_a_client_that_reads_slowly_gets_all_of_it(hasty: Server, large: str) -> None:
     """For longer than it might stand still, a little at a time."""
     with connected(hasty) as connection:
-        lines = "Host: x\r\nAccept: application/vnd.safetensors\r\n\r\n"
+        lines = "Host: localhost\r\nAccept: application/vnd.safetensors\r\n\r\n"
         connection.sendall(f"GET {large} HTTP/1.1\r\n{lines}".encode())
         _, headers = head_of(connection)
         left, slow_until = int(headers["content-length"]), time.monotonic() + STALL_SECONDS * 3
@@ -262,7 +264,7 @@ def test_a_client_that_reads_slowly_gets_all_of_it(hasty: Server, large: str) ->
 def test_a_client_that_sends_much_and_reads_nothing_is_cut(hasty: Server) -> None:
     """Small replies, so many that they fill the buffers."""
     with connected(hasty) as connection:
-        assert is_cut(connection, b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert is_cut(connection, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
 
 
 def is_cut(connection: socket.socket, request: bytes) -> bool:
@@ -316,32 +318,32 @@ def held(server: Server, port: int) -> bool:
 # -- requests that are read in one way alone ---------------------------------------------------------------------------
 
 LENGTH = b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(STEP)
-NEXT = b"GET /problems/overloaded HTTP/1.1\r\nHost: x\r\n\r\n"
+NEXT = b"GET /problems/overloaded HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize(
     "request_",
     [
         b"GET /livez HTTP/1.1\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
         b"GET /livez\r\n\r\n",
-        b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n",
-        b"GET /livez HTTP/1.1\nHost: x\n\n",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nA: b\r\n c\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /livez HTTP/1.1\nHost: localhost\n\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nA: b\r\n c\r\n\r\n",
         b"GET /livez HTTP/1.1\r\nHost : x\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1, 1\r\n\r\na",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +1\r\n\r\na",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1, 1\r\n\r\na",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: +1\r\n\r\na",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: identity\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0x1\r\na\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\na\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naX\r\n0\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n10000000000000001\r\na\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: identity\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n0x1\r\na\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\na\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\naX\r\n0\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n10000000000000001\r\na\r\n0\r\n\r\n",
     ],
     ids=range(20),
 )
@@ -365,7 +367,7 @@ def test_what_could_be_read_in_two_ways_is_refused_and_nothing_after_it_is_read(
 def test_chunks_with_more_around_them_than_in_them_are_refused(
     hasty: Server, session: str, flood: tuple[bytes, bytes]
 ) -> None:
-    lines = "Host: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    lines = "Host: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     with connected(hasty) as connection:
         connection.sendall(f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}".encode() + flood[0])
         for _ in range(1000):
@@ -379,14 +381,14 @@ def test_chunks_with_more_around_them_than_in_them_are_refused(
 
 
 def test_chunks_of_one_byte_are_fine(hasty: Server, session: str) -> None:
-    lines = "Host: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    lines = "Host: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in STEP.ljust(100_000))
     request = f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}".encode() + chunks + b"0\r\n\r\n"
     assert exchange(hasty, request)[0] == 200
 
 
 def test_a_trailer_is_no_header(hasty: Server, session: str) -> None:
-    lines = "Host: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    lines = "Host: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     body = b'%x\r\n%s\r\n0\r\nIf-Match: "999"\r\nX-Request-Id: trailer\r\n\r\n' % (len(STEP), STEP)
     status, headers, _ = exchange(hasty, f"POST /v1/sessions/{session}/steps HTTP/1.1\r\n{lines}".encode() + body)
     assert status == 200
@@ -396,12 +398,12 @@ def test_a_trailer_is_no_header(hasty: Server, session: str) -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000 + b"\r\n\r\n",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 5_000_000,
-        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 70_000 + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 5_000_000,
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET /" + b"a" * 5_000_000,
-        b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 100 + b"\r\n",
-        b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"a:\r\n" * 1_000_000,
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 100 + b"\r\n",
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 1_000_000,
     ],
     ids=["a header", "a header without end", "a path", "a path without end", "headers", "headers without end"],
 )
@@ -418,7 +420,7 @@ def test_a_head_that_is_too_large_is_refused(hasty: Server, head: bytes) -> None
 
 
 def test_a_head_of_the_largest_size_is_fine(hasty: Server) -> None:
-    head = b"GET /livez HTTP/1.1\r\nHost: x\r\n" + b"A: b\r\n" * 98 + b"B: " + b"b" * 64_000 + b"\r\n\r\n"
+    head = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"A: b\r\n" * 98 + b"B: " + b"b" * 64_000 + b"\r\n\r\n"
     assert exchange(hasty, head)[0] == 200
 
 
@@ -429,11 +431,12 @@ def test_a_head_of_the_largest_size_is_fine(hasty: Server) -> None:
 def test_a_request_to_upgrade_is_answered_as_if_it_had_not_asked(hasty: Server, session: str, protocol: str) -> None:
     """Its body is a body, and what follows is the next request."""
     upgrade = f"Connection: Upgrade\r\nUpgrade: {protocol}\r\n".encode()
-    step = b"POST /v1/sessions/%s/steps HTTP/1.1\r\nHost: x\r\n" % session.encode()
+    step = b"POST /v1/sessions/%s/steps HTTP/1.1\r\nHost: localhost\r\n" % session.encode()
     with connected(hasty) as connection:
-        connection.sendall(step + upgrade + LENGTH + b"\r\n" + STEP + b"GET /livez HTTP/1.1\r\nHost: x\r\n" + upgrade)
+        step += upgrade + LENGTH + b"\r\n" + STEP
+        connection.sendall(step + b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + upgrade)
         assert reply_exactly(connection)[0] == 200
-        connection.sendall(b"\r\nGET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"\r\nGET /nothing HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert reply_exactly(connection)[0] == 200
         assert reply_exactly(connection)[0] == 404
 
@@ -453,7 +456,7 @@ def test_http_1_0_is_answered_and_closed(hasty: Server, connection_header: bytes
 def test_pipelined_requests_are_answered_in_order(hasty: Server) -> None:
     paths = [f"/v1/optimizers/{kind}" if kind else "/nothing" for kind in ("adam", "", "sgd")] * 60
     with connected(hasty) as connection:
-        connection.sendall(b"".join(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() for path in paths))
+        connection.sendall(b"".join(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode() for path in paths))
         for path in paths:
             status, body = reply_exactly(connection)
             assert status == (404 if path == "/nothing" else 200)
@@ -462,7 +465,7 @@ def test_pipelined_requests_are_answered_in_order(hasty: Server) -> None:
 
 def test_what_was_asked_for_before_garbage_is_answered(hasty: Server) -> None:
     with connected(hasty) as connection:
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 3 + b"nonsense\r\n\r\n")
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3 + b"nonsense\r\n\r\n")
         assert [reply_exactly(connection)[0] for _ in range(4)] == [200, 200, 200, 400]
         assert until_closed(connection) == b""
 
@@ -470,7 +473,7 @@ def test_what_was_asked_for_before_garbage_is_answered(hasty: Server) -> None:
 def test_of_very_many_pipelined_requests_a_part_is_answered_and_then_the_connection_ends(hasty: Server) -> None:
     """Those that were not answered are the client's to send again."""
     with connected(hasty) as connection:
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 5000)
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5000)
         said = until_closed(connection)
     answered = said.count(b"HTTP/1.1 200 OK")
     assert 1 <= answered < 5000
@@ -483,7 +486,7 @@ def test_a_client_that_goes_while_requests_are_pipelined_ends_its_event_stream(
     made = create(client, optimizer="sgd", params={"w": [1.0, 2.0]})["id"]
     with connected(hasty) as connection:
         path = f"/v1/sessions/{made}/events"
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 2)
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 2)
         assert head_of(connection)[0] == 200
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, and no goodbye
     deadline = time.monotonic() + PATIENCE

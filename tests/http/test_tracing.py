@@ -138,6 +138,13 @@ def test_a_step_under_the_trace_of_its_sender(collector: Collector, caller: http
     assert collector.paths == {"/v1/traces"}
 
 
+def test_a_key_in_a_path_is_not_sent_on(collector: Collector, caller: httpx.Client) -> None:
+    trace, headers = carried(2)
+    assert caller.get("/v1/sessions/rvn_abcdefghijkl_secretsecret/params", headers=headers).status_code == 404
+    (span,) = collector.wait_for(lambda span: span.trace == trace, 1)
+    assert span.attributes["url.path"] == "/v1/sessions/rvn_abcdefghijkl_…/params"
+
+
 def test_other_changes_and_refusals(collector: Collector, caller: httpx.Client) -> None:
     session = create(caller, optimizer="sgd", params={"w": [1.0, 2.0]})["id"]
     for number, (method, path, body, status, inside) in enumerate(

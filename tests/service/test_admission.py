@@ -26,13 +26,34 @@ def test_a_request_is_counted_until_it_leaves() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(ALWAYS))
-def test_some_are_let_through_and_counted(path: str) -> None:
+def test_some_are_let_through_and_not_counted(path: str) -> None:
     admission = Admission(Limits(requests=1))
+    tickets = [admission.enter(scope(path)) for _ in range(3)]
     admission.enter(scope())
-    ticket = admission.enter(scope(path))
-    assert admission.requests == 2
-    ticket.leave()
     assert admission.requests == 1
+    for ticket in tickets:
+        ticket.wait()
+        ticket.arrive()
+        ticket.leave()
+    assert (admission.requests, admission.waits, admission.arrivals) == (1, 0, 0)
+
+
+def test_a_body_that_is_waited_for_makes_room_for_a_request() -> None:
+    admission = Admission(Limits(requests=1))
+    tickets = []
+    for _ in range(2):
+        tickets.append(admission.enter(scope()))
+        tickets[-1].arrive()
+    assert (admission.requests, admission.arrivals) == (0, 2)
+    third = admission.enter(scope())
+    tickets[0].arrived()
+    assert (admission.requests, admission.arrivals) == (2, 1), "one more than is let in anew"
+    with pytest.raises(Overloaded) as refusal:
+        tickets[1].arrived()
+    assert refusal.value.resource == "requests"
+    for ticket in (*tickets, third):
+        ticket.leave()
+    assert (admission.requests, admission.arrivals, admission.waits) == (0, 0, 0)
 
 
 def test_a_wait_makes_room_for_a_request_and_is_counted_once() -> None:

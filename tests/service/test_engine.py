@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,128 @@ from typing import Any
 import pytest
 
 import service.store
-from core.errors import ParamsNotHeld
+from core.errors import CoreError, ParamsNotHeld
+from core.session import Session
 from service import live as files
+from service import schemas, tenants
+from service.access.usage import Quota, bytes_in
 from service.documents import Applied, Precondition, Stamp
 from service.engine import Engine
-from service.errors import KeyReused, SessionNotFound, StateLost, StepConflict, StoreFull, StoreUnavailable
+from service.errors import (
+    KeyReused,
+    QuotaExceeded,
+    SessionNotFound,
+    StateLost,
+    StepConflict,
+    StoreFull,
+    StoreUnavailable,
+)
 from tests.service.world import Run, World, created, params, step
 
 SMALL = 50_000  # parameters that are changed in place, and yet too large to go inline
 LARGE = 100_000  # parameters whose gradient travels alone
+
+
+# -- making ------------------------------------------------------------------------------------------------------------
+
+
+def test_others_are_answered_while_the_arrays_of_a_large_session_are_made(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are held up until somebody else was answered."""
+    answered, held_up, made = threading.Event(), [False], Session.new
+
+    def held(*arguments: Any) -> Session:
+        held_up[0] = True
+        assert answered.wait(20), "nobody else is answered meanwhile"
+        return made(*arguments)
+
+    async def scenario(world: World) -> None:
+        engine = await world.replica()
+        monkeypatch.setattr(Session, "new", held)
+        creating = asyncio.create_task(created(engine, shapes={"w": [LARGE]}))
+        while not held_up[0]:  # noqa: ASYNC110 - nothing tells us
+            await asyncio.sleep(0.001)
+        assert await engine.ready()
+        assert not creating.done()
+        answered.set()
+        await step(engine, await creating, size=LARGE)
+
+    run(scenario)
+
+
+def test_no_array_is_made_that_the_tenant_may_not_have(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(world: World) -> None:
+        engine = await world.replica(quota=Quota(1, 1 << 20))
+        session = await created(engine, params={"w": [0.0] * 3})
+        await step(engine, session)
+        tensors, text, _ = await engine.checkpoint(session)
+        for name in ("new", "__init__"):
+            monkeypatch.setattr(Session, name, None)
+        monkeypatch.setattr(files.Live, "frozen", None)
+        with pytest.raises(QuotaExceeded):
+            await created(engine, params={"w": [0.0] * 3})
+        with pytest.raises(QuotaExceeded):
+            await engine.restore(tensors, text)
+        with pytest.raises(QuotaExceeded):
+            await engine.fork(session)
+
+    run(scenario)
+
+
+def test_what_cannot_be_made_takes_no_room(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        engine = await world.replica(quota=Quota(2, 1 << 20))
+        session = await created(engine, params={"w": [0.0] * 3})
+        before = {name: await world.raw.dump(name) for name in ("ravine:usage", "ravine:sessions")}
+        tensors, text, _ = await engine.checkpoint(session)
+        with pytest.raises(CoreError):
+            await engine.restore({"w": tensors["w"][:2]}, text)
+        document, params_ = schemas.parse_create({"optimizer": "sgd", "params": {"w": [0.0] * 3}})
+        assert params_ is not None
+        with pytest.raises(CoreError):
+            await engine.create(document, {"w": params_["w"][:2]})
+        assert {name: await world.raw.dump(name) for name in before} == before
+
+    run(scenario)
+
+
+def test_a_fork_is_of_the_document_that_room_was_made_for(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        engine = await world.replica(quota=Quota(50))
+        session = await created(engine, params={"w": [0.0] * 3})
+        grown = schemas.patch({"transforms": [{"kind": "ema", "decay": 0.5}]})
+        forking = [asyncio.create_task(engine.fork(session)) for _ in range(20)]
+        await engine.patch(session, grown, None)
+        made = [(await each)[0] for each in forking]
+        found = {each["id"]: await engine._store.head(each["id"]) for each in made}
+        counted = await world.raw.hgetall("ravine:usage")
+        for id_, head in found.items():
+            assert head is not None
+            assert int(counted[id_.encode()].split(b" ")[0]) == bytes_in(head)
+
+    run(scenario)
+
+
+def test_a_session_that_takes_long_to_make_is_listed_all_the_same(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants, "MAKING", 0)
+
+    async def scenario(world: World) -> None:
+        engine = await world.replica(quota=Quota(10))
+        put = engine._store.create
+
+        async def listed_meanwhile(*arguments: Any) -> None:
+            assert (await engine.sessions(10, None, None))[0] == []
+            assert not await world.raw.exists("ravine:usage")
+            await put(*arguments)
+
+        monkeypatch.setattr(engine._store, "create", listed_meanwhile)
+        session = await created(engine, params={"w": [0.0] * 3}, labels={"team": "vision"})
+        for label in (None, ("team", "vision")):
+            assert [each["id"] for each in (await engine.sessions(10, None, label))[0]] == [session]
+        assert await world.raw.hexists("ravine:usage", session)
+
+    run(scenario)
 
 
 # -- batches -----------------------------------------------------------------------------------------------------------

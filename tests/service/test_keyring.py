@@ -1,22 +1,31 @@
 """Keys in the store, who is believed for how long, `ravine keys`, and where `serve` refuses to start without them."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from redis.exceptions import ResponseError
 from typer.testing import CliRunner
 
 from service.access import keys
-from service.access.gate import is_local_name, is_loopback, listens_locally
+from service.access.gate import Gate
+from service.access.hosts import is_allowed, is_loopback, listens_locally, parse_hosts
 from service.access.keys import KnownKeys, digest_of, new_key, parsed
+from service.access.rights import Access
 from service.cli import cli
+from service.errors import SessionNotFound, Unauthenticated
+from service.http import Receive
 from service.store import Store
 from tests.http.callers import bearing
 from tests.running import ROOT, Server, redis_binary, redis_server, serving
@@ -73,8 +82,14 @@ async def opened(world: World) -> Store:
     return store
 
 
-@pytest.mark.parametrize("damage", [{"scope": "root"}, {"expires_at": "soon"}, {"digest": None}, {"tenant": None}])
-def test_a_key_that_cannot_be_read_lets_nobody_in(run: Run, damage: dict[str, str | None]) -> None:
+DAMAGES: list[dict[str, str | bytes | None]] = [
+    *({"scope": "root"}, {"expires_at": "soon"}, {"digest": None}, {"tenant": None}, {"rate": "fast"}),
+    *({"tenant": b"\xff"}, {"created_at": ""}),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=repr)
+def test_a_key_that_cannot_be_read_lets_nobody_in(run: Run, damage: dict[str, str | bytes | None]) -> None:
     async def scenario(world: World) -> None:
         ring = (await opened(world)).keyring
         text, key = new_key("acme", "admin")
@@ -83,6 +98,19 @@ def test_a_key_that_cannot_be_read_lets_nobody_in(run: Run, damage: dict[str, st
         for field, value in damage.items():
             name = f"ravine:key:{key.id}"
             await (world.raw.hdel(name, field) if value is None else world.raw.hset(name, field, value))
+        assert await KnownKeys(ring).caller(text.encode()) is None
+        assert await ring.all() == []
+
+    run(scenario)
+
+
+def test_something_else_in_the_place_of_a_key_lets_nobody_in(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        text, key = new_key("acme", "admin")
+        await ring.add(key)
+        await world.raw.delete(f"ravine:key:{key.id}")
+        await world.raw.lpush(f"ravine:key:{key.id}", "digest")
         assert await KnownKeys(ring).caller(text.encode()) is None
         assert await ring.all() == []
 
@@ -168,6 +196,85 @@ def test_an_expired_key_is_nobodys_even_from_memory(run: Run, monkeypatch: pytes
     run(scenario)
 
 
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+def gate(known: KnownKeys, owners: Mapping[str, str] | None = None) -> Gate:
+    async def tenant_of(session: str) -> str:
+        return (owners or {})[session]
+
+    async def tidy(session: str, tenant: str) -> None:
+        raise AssertionError((session, tenant))
+
+    return Gate(known, tenant_of, tidy, keys="required", local=True)
+
+
+def test_a_piece_of_a_body_believes_a_key_no_longer_than_anything_else(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was believed for most of a second when the body began is not believed for a second more."""
+
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        text, key = new_key("acme", "session")
+        await ring.add(key)
+        clock = [100.0]
+        monkeypatch.setattr(keys, "monotonic", lambda: clock[0])
+        known = KnownKeys(ring)
+        assert await known.caller(text.encode()) is not None
+        await ring.revoke(key.id)
+        heard = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"x", "more_body": True}
+
+        async def plane(_scope: object, receive: Receive, _send: object) -> None:
+            for seconds in (0.99, 0.02):
+                clock[0] += seconds
+                heard.append((await receive())["type"])
+
+        with pytest.raises(Unauthenticated):
+            await gate(known).watched(plane, key.id, {}, receive, receive)  # type: ignore[arg-type]
+        assert heard == ["http.request", "http.disconnect"]
+
+    run(scenario)
+
+
+def test_whose_session_it_is_is_remembered_of_ones_own_alone(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        opener = gate(KnownKeys((await opened(world)).keyring), {"mine": "acme", "theirs": "globex"})
+        access = Access("acme", "session", "k")
+        for session in ("mine", "theirs", "theirs"):
+            scope = {"path": f"/v1/sessions/{session}", "method": "GET"}
+            with contextlib.suppress(SessionNotFound):
+                await opener.check(access, scope)
+        assert opener._tenants == {"mine": "acme"}
+
+    run(scenario)
+
+
+def test_a_key_that_cannot_be_looked_at_lets_go_of_its_own_alone(run: Run) -> None:
+    class Torn(KnownKeys):
+        async def valid(self, id_: str, believed: float = keys.BELIEVED) -> bool:
+            if id_ == "torn":
+                raise ResponseError("NOPERM")
+            return await super().valid(id_, believed)
+
+    async def scenario(world: World) -> None:
+        ring = (await opened(world)).keyring
+        made = [new_key("acme", "session")[1] for _ in range(2)]
+        for key in made:
+            await ring.add(key)
+        opener = gate(Torn(ring))
+        with opener.waiting("torn") as torn, opener.waiting(made[0].id) as kept, opener.waiting(made[1].id) as ended:
+            await ring.revoke(made[1].id)
+            await asyncio.wait_for(asyncio.gather(torn, ended), 20)
+            assert not kept.done()
+        await opener.stop()
+
+    run(scenario)
+
+
 # -- addresses and names -----------------------------------------------------------------------------------------------
 
 
@@ -186,8 +293,40 @@ def test_addresses_of_this_machine_alone(address: str, here: bool) -> None:
 def test_names_of_this_machine_alone() -> None:
     assert listens_locally("localhost")
     assert not listens_locally("no-such-host.invalid")
-    for name in ("evil.example.com", "10.0.0.1", "127.0.0.1.nip.io", "[::]:80", "localhost.example.com"):
-        assert not is_local_name(name), name
+
+
+HERE = ["localhost", "LocalHost:80", "localhost.:80", "x.localhost:65535", "127.0.0.1", "127.9.8.7:1", "[::1]:80"]
+ELSEWHERE = [
+    *("evil.example.com", "10.0.0.1", "127.0.0.1.nip.io", "[::]:80", "localhost.example.com", "evil", "", ":80", "."),
+    *("[::1].evil.com", "[::1]evil", "127.0.0.1:99@evil.com", "user@localhost", "localhost:", "localhost:1:2"),
+    *("localhost:x", "localhost:123456", "evil\xff", "localhost ", "localhost/", "local host", "127.1", "0", "[::1"),
+    *("localhost,evil.com", "notlocalhost", "[fe80::1]", "localhost\n"),
+]
+
+
+@pytest.mark.parametrize("host", HERE)
+def test_names_that_only_this_machine_has(host: str) -> None:
+    assert is_allowed(host.encode(), None)
+
+
+@pytest.mark.parametrize("host", ELSEWHERE, ids=repr)
+def test_names_that_others_may_have(host: str) -> None:
+    assert not is_allowed(host.encode("latin-1"), None)
+
+
+def test_the_machine_knows_its_own_name() -> None:
+    assert is_allowed(socket.gethostname().encode(), None)
+
+
+def test_names_that_were_said_are_the_only_ones() -> None:
+    allowed = parse_hosts("Localhost, [::1],ravine.example.com")
+    for host in (b"localhost:8000", b"[::1]", b"RAVINE.example.com:80"):
+        assert is_allowed(host, allowed), host
+    for host in (b"127.0.0.1", b"x.localhost", b"example.com", b"", b"ravine.example.com.evil.com"):
+        assert not is_allowed(host, allowed), host
+    for text in ("", "a,,b", "localhost:80", "http://localhost", "a b", "*", "é"):
+        with pytest.raises(ValueError, match="without ports"):
+            parse_hosts(text)
 
 
 # -- the command line --------------------------------------------------------------------------------------------------
@@ -350,6 +489,29 @@ def test_insecure_lets_everybody_in_and_looks_at_keys_all_the_same(data: Path) -
         assert httpx.get(url, headers=bearing("rvn_wrong")).status_code == 401
     finally:
         server.stop()
+
+
+def test_names_that_were_said_bound_what_is_insecure(data: Path) -> None:
+    """As docker-compose.yml does: a web page whose own name leads here gets nothing."""
+    environment = {"RAVINE_HOST": "0.0.0.0", "RAVINE_JIT": "false", "RAVINE_HOSTS": "localhost,127.0.0.1,[::1],ravine"}
+    server = Server(data, "--insecure", environment=environment).start()
+    try:
+        text = made("--scope", "admin", data=data)
+        url = server.url.replace("0.0.0.0", "127.0.0.1")
+        for host in ("127.0.0.1:8000", "localhost", "[::1]:1", "ravine:8000"):
+            assert httpx.get(f"{url}/v1/sessions", headers={"Host": host}).status_code == 200, host
+        for host in ("rebound.example.com", "127.0.0.2", "ravine.example.com", ""):
+            assert httpx.get(f"{url}/v1/sessions", headers={"Host": host}).status_code == 401, host
+            assert httpx.get(f"{url}/livez", headers={"Host": host}).status_code == 200, host
+            assert httpx.get(f"{url}/v1/sessions", headers={"Host": host, **bearing(text)}).status_code == 200, host
+    finally:
+        server.stop()
+
+
+def test_names_that_cannot_be_end_the_start(data: Path) -> None:
+    environment = {"RAVINE_HOSTS": "localhost:8000"}
+    with pytest.raises(AssertionError, match="hosts: names are given as in Host, without ports"):
+        Server(data, environment=environment).start()
 
 
 def test_required_on_loopback_starts_without_a_key(data: Path) -> None:

@@ -5,7 +5,10 @@ replica that lagged.
 """
 
 import asyncio
+import contextlib
 import random
+import re
+import tracemalloc
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,9 +18,11 @@ import pytest
 
 from core.errors import CoreError
 from service.documents import Precondition
+from service.embedded import Embedded
 from service.engine import Engine
 from service.errors import Place, ServiceError, SessionNotFound, StateLost
-from service.ids import new_commit
+from service.heads import PLACE
+from service.ids import new_commit, new_id
 from service.records import Head, Known
 from service.store import Store, key
 from tests.service.test_store import chain, made, pieces
@@ -213,6 +218,57 @@ def test_a_session_out_of_memory_is_remembered(run: Run) -> None:
             with pytest.raises(StateLost) as lost:
                 await params(engine, session)
             assert (lost.value.acknowledged.step, lost.value.found.step) == (40, 0)
+
+    run(scenario)
+
+
+def test_what_is_remembered_counts_as_memory(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        budget, count = 200_000, 400
+        engine = await world.replica(budget=budget)
+        for session in [await created(engine, **SGD) for _ in range(count)]:
+            await step(engine, session)
+        held, taken = engine.hot
+        assert 0 < held < count
+        assert taken + PLACE * (count - held) <= budget
+
+    run(scenario)
+
+
+def place_text(seq: int) -> str:
+    commit = new_commit()
+    return Known(1000 + seq, commit, 0, 1000 + seq, commit).text
+
+
+@pytest.mark.parametrize("count", [10_000, 65_536])
+def test_a_place_takes_as_much_as_is_counted(count: int) -> None:
+    tracemalloc.start()
+    try:
+        places = {new_id(): place_text(seq) for seq in range(count)}
+        taken = tracemalloc.get_traced_memory()[0] / len(places)
+    finally:
+        tracemalloc.stop()
+    assert 0.7 * PLACE < taken <= PLACE
+
+
+@pytest.mark.parametrize("mark", ["0a", "0b"])
+def test_a_place_is_read_as_it_was(mark: str) -> None:
+    known = Known(12, "0a", 3, 7, mark)
+    assert Known.read(known.text) == known
+
+
+def test_places_that_were_longest_not_in_use_are_forgotten(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.heads.REMEMBERED", 20)
+    monkeypatch.setattr("service.heads.FORGOTTEN", 5)
+
+    async def scenario(world: World) -> None:
+        engine = await world.replica(budget=SMALL)
+        sessions = [await created(engine, **SGD) for _ in range(50)]
+        for session in [*sessions[:10], *sessions]:
+            await step(engine, session)
+        remembered = [session for session in sessions if engine._heads.known(session) is not None]
+        assert 15 <= len(remembered) <= 21  # with the one in memory
+        assert remembered == sessions[-len(remembered) :]
 
     run(scenario)
 
@@ -422,6 +478,100 @@ def test_who_stands_at_the_head_learns_of_the_epoch(run: Run, monkeypatch: pytes
     run(scenario)
 
 
+class Front:
+    """Between a service and the store: passes all on, and once breaks a connection off in place of what matches."""
+
+    def __init__(self, embedded: Embedded) -> None:
+        self._back = str(embedded.data / "valkey.sock")
+        self._path = str(embedded.data / "front.sock")
+        self.url = f"unix://{self._path}"
+        self._pumps: set[asyncio.Task[None]] = set()
+        self.breaks_off: re.Pattern[bytes] | None = None
+
+    async def __aenter__(self) -> "Front":
+        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        back_reader, back_writer = await asyncio.open_unix_connection(self._back)
+        for pump in (self._pump(reader, back_writer), self._pump(back_reader, writer)):
+            self._pumps.add(asyncio.create_task(pump))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.closing(writer):
+            while piece := await reader.read(1 << 16):
+                if self.breaks_off is not None and self.breaks_off.match(piece):
+                    self.breaks_off = None
+                    return
+                writer.write(piece)
+                await writer.drain()
+
+
+APPENDED = re.compile(rb"\*\d\r\n\$2\r\nOK\r\n")  # the reply of commit.lua
+
+
+@pytest.mark.parametrize("moves", ["its append", "an append whose reply is lost", "the append of another"])
+def test_who_stood_at_the_head_knows_of_the_epoch_when_it_moves_on(run: Run, moves: str) -> None:
+    """Before it looks or reads, and the store goes back to before that at once."""
+
+    async def scenario(world: World) -> None:
+        async with Front(world.embedded) as front:
+            engine, there = await world.replica(), await world.replica(front.url)
+            session = await created(engine, **SGD)
+            assert await params(there, session) == [0.0] * 3
+            before = await saved(world, session)
+            await stepped(engine, session, 1)
+            await put_back(world, session, before)
+            with pytest.raises(StateLost):
+                await params(engine, session)
+            await accepted(world, session)
+            before = await saved(world, session)
+            if moves == "the append of another":
+                await stepped(await world.replica(), session, 1)
+            lost = moves == "an append whose reply is lost"
+            front.breaks_off = APPENDED if lost else None
+            seen = await stepped(there, session, 1)
+            assert front.breaks_off is None
+            await put_back(world, session, before)
+            with pytest.raises(StateLost) as told:
+                await step(there, session)
+            assert (told.value.acknowledged, told.value.found.step) == (seen, 0)
+            await engine.delete(session, None)
+
+    run(scenario)
+
+
+def test_what_is_known_of_the_epoch_does_not_sink(run: Run) -> None:
+    """The store goes back to before a loss was accepted, to where it is on the line all the same, and forth again."""
+
+    async def scenario(world: World) -> None:
+        engine, there = await world.replica(), await world.replica()
+        session = await created(engine, **SGD)
+        before = await saved(world, session)
+        assert await params(there, session) == [0.0] * 3
+        await stepped(engine, session, 1)
+        await put_back(world, session, before)
+        with pytest.raises(StateLost):
+            await params(engine, session)
+        await accepted(world, session)
+        after = await saved(world, session)
+        assert await params(there, session) == [0.0] * 3
+        await put_back(world, session, before)
+        assert await params(there, session) == [0.0] * 3
+        await stepped(there, session, 2)
+        await put_back(world, session, after)
+        with pytest.raises(StateLost):
+            await step(there, session)
+
+    run(scenario)
+
+
 def test_a_round_goes_on_when_it_was_accepted(run: Run) -> None:
     """Its deadline passes while the session is lost."""
 
@@ -571,6 +721,7 @@ def test_replicas_that_race_are_not_alarmed(
     monkeypatch.setattr("service.snapshots.SNAPSHOT_FLOOR", 600)
     monkeypatch.setattr("service.engine.WORTH_A_SNAPSHOT", 2)
     monkeypatch.setattr("service.heads.EVERY", 0.0)
+    monkeypatch.setattr("service.heads.REST", 0)
     monkeypatch.setattr("service.heads.LOOK", 0.002)
     monkeypatch.setattr("service.heads.PAUSE", 0.0)
     monkeypatch.setattr("service.commits.THREADED", 2000)  # so that threads replay

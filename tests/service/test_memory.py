@@ -95,5 +95,5 @@ def test_ten_thousand_sessions_within_the_budget(data: Path) -> None:
         again = in_parallel(server, [(path, gradients) for path in paths[::10]])
         assert {(status, reply["step"]) for status, reply in again} == {(200, 2)}
         held = memory(server.pid, "VmRSS")
-    print(f"base {base / MIB:.0f} MiB, with {SESSIONS} sessions {held / MIB:.0f} MiB")
+    print(f"base {base / MIB:.1f} MiB, with {SESSIONS} sessions {held / MIB:.1f} MiB")
     assert held <= base + BUDGET

@@ -20,8 +20,9 @@ def leaves(cls: type[Exception]) -> list[type[Exception]]:
     return [leaf for child in below for leaf in leaves(child)] if below else [cls]
 
 
-# Rounds are closed by the service itself: no call asks for it, and nobody is told that there was nothing to close.
-INWARD = {core.RoundOpen}
+# Rounds are closed by the service itself: no call asks for it, and nobody is told that there was nothing to close. What
+# was superseded is looked at again.
+INWARD = {core.RoundOpen, errors.Superseded}
 REFUSALS = [
     leaf
     for root in (core.CoreError, errors.ServiceError, wire.WireError)

@@ -14,7 +14,7 @@ from service.access.rights import Access
 from service.access.usage import Quota, Usage, bytes_in
 from service.documents import Document
 from service.engine import Engine
-from service.errors import QuotaExceeded, SessionNotFound, StoreFull
+from service.errors import QuotaExceeded, SessionNotFound, StoreFull, StoreUnavailable
 from service.ids import new_id
 from service.store import Store
 from tests.service.test_store import STORES, on
@@ -200,6 +200,29 @@ def test_what_was_broken_off_is_given_back_when_the_session_is_met(run: Run, *, 
             await step(await world.replica(quota=Quota(10, 1000)), session, size=8)
         await until(world, (taken, taken[session]))
         await created(engine, shapes={"w": [80]})
+
+    run(scenario)
+
+
+def test_a_change_to_less_that_was_broken_off_is_counted_when_the_session_is_met(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(world: World) -> None:
+        engine = await world.replica(quota=Quota(10, 1000))
+        session = await created(engine, shapes={"w": [8]})
+        small, _ = await usage_of(world)
+        await engine.patch(session, with_mean(kept=True), None)
+        assert await usage_of(world) != (small, small[session])
+
+        async def broken_off(*_: object, **__: object) -> bool:
+            raise StoreUnavailable("away")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine._tenants._usage, "settle", broken_off)
+            await engine.patch(session, with_mean(kept=False), None)
+        assert await usage_of(world) != (small, small[session])
+        await engine.sessions(1, None, None)
+        assert await usage_of(world) == (small, small[session])
 
     run(scenario)
 

@@ -1,6 +1,7 @@
 """A store with as many replicas of the engine as are asked for, in this process, and steps by the engine itself."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import signal
@@ -52,6 +53,8 @@ class World:
 
     def kill_store(self) -> None:
         os.kill(int((self.embedded.data / "valkey.pid").read_text()), signal.SIGKILL)
+        with (self.embedded.data / "valkey.alive").open() as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX)  # it is gone, and whoever asks it from now on finds that out
 
     async def keys(self, session: str) -> set[bytes]:
         return {name async for name in self.raw.scan_iter(match=f"*{session}*", count=1000)}
