@@ -5,8 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 UV     ?= uv
-# How many tests run at once, each with servers of its own.
-JOBS   ?= 2
+# How many tests run at once, each with servers of its own. Many of them wait, so it is one more than a small machine's cores.
+JOBS   ?= 3
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 EXTRAS  := --extra jit --extra privacy --extra tracing
 

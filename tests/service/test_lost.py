@@ -17,6 +17,7 @@ import orjson
 import pytest
 
 from core.errors import CoreError
+from service import deadlines
 from service.documents import Precondition
 from service.embedded import Embedded
 from service.engine import Engine
@@ -572,8 +573,9 @@ def test_what_is_known_of_the_epoch_does_not_sink(run: Run) -> None:
     run(scenario)
 
 
-def test_a_round_goes_on_when_it_was_accepted(run: Run) -> None:
+def test_a_round_goes_on_when_it_was_accepted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its deadline passes while the session is lost."""
+    monkeypatch.setattr(deadlines, "POSTPONED", 0.3)
 
     async def scenario(world: World) -> None:
         engine = await world.replica()
