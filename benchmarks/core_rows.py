@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from benchmarks.measure import (
     Comparison,
-    NotRun,
     Plan,
     Result,
     Round,
@@ -27,6 +26,7 @@ from benchmarks.measure import (
     Sample,
     Unmeasured,
     alternate,
+    one_by_one,
     say,
     watch,
 )
@@ -76,13 +76,7 @@ _PYTHON = _PEERS / ".venv" / "bin" / "python"
 
 
 def run(rows: Collection[str], plan: Plan) -> Iterator[Result]:
-    for row in ROWS:
-        if row.code in rows:
-            say(f"{row.code}: {row.case}, against {row.against}")
-            try:
-                yield _compare_kinds(row, plan) if row.code == "C3" else _compare(row, plan)
-            except Unmeasured as reason:
-                yield NotRun(row, str(reason))
+    return one_by_one(ROWS, rows, lambda row: (_compare_kinds if row.code == "C3" else _compare)(row, plan))
 
 
 def _compare(row: Row, plan: Plan) -> Comparison:

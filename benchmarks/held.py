@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from benchmarks import processes
-from benchmarks.measure import Comparison, NotRun, Plan, Result, Row, Sample, Unmeasured, alternate, say
+from benchmarks.measure import Comparison, Plan, Result, Row, Sample, Unmeasured, alternate, one_by_one
 from benchmarks.processes import Server, call
 from benchmarks.small_steps import SESSIONS, SIZE, WARM_SECONDS, Load
 
@@ -43,13 +43,7 @@ _FIGURES = re.compile(r"figures held=(\d+) made=(\d+)")
 
 
 def run(rows: Collection[str], plan: Plan) -> Iterator[Result]:
-    for row in ROWS:
-        if row.code in rows:
-            say(f"{row.code}: {row.case}, against {row.against}")
-            try:
-                yield _compare(row, plan)
-            except Unmeasured as reason:
-                yield NotRun(row, str(reason))
+    return one_by_one(ROWS, rows, lambda row: _compare(row, plan))
 
 
 def _compare(row: Row, plan: Plan) -> Comparison:

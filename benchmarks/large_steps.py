@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from benchmarks import processes
-from benchmarks.measure import Comparison, NotRun, Plan, Result, Row, Sample, Unmeasured, alternate, say
+from benchmarks.measure import Comparison, Plan, Result, Row, Sample, Unmeasured, alternate, one_by_one
 from benchmarks.processes import Server, call
 
 MEDIA = "application/vnd.safetensors"
@@ -44,18 +44,12 @@ _STEP = re.compile(rb"\r\nravine-step: *(\d+)\r\n", re.IGNORECASE)
 
 
 def run(rows: Collection[str], plan: Plan) -> Iterator[Result]:
-    for row in ROWS:
-        if row.code in rows:
-            say(f"{row.code}: {row.case}, against {row.against}")
-            directory = plan.directory / row.code
-            directory.mkdir()
-            try:
-                yield _compare(row, plan._replace(directory=directory))
-            except Unmeasured as reason:
-                yield NotRun(row, str(reason))
+    return one_by_one(ROWS, rows, lambda row: _compare(row, plan))
 
 
 def _compare(row: Row, plan: Plan) -> Comparison:
+    plan = plan._replace(directory=plan.directory / row.code)
+    plan.directory.mkdir()
     size = _SIZES[row.code]
     file = safetensors(gradient(size))
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ machine is watched for a moment: how idle it was says how far to trust the figur
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -149,6 +149,17 @@ class NotRun(NamedTuple):
 
 
 Result = Comparison | Held | NotRun
+
+
+def one_by_one(rows: Sequence[Row], wanted: Collection[str], measure: Callable[[Row], Result]) -> Iterator[Result]:
+    """What `measure` gives for each of the `rows` whose code is `wanted`, or why there is nothing."""
+    for row in rows:
+        if row.code in wanted:
+            say(f"{row.code}: {row.case}, against {row.against}")
+            try:
+                yield measure(row)
+            except Unmeasured as reason:
+                yield NotRun(row, str(reason))
 
 
 def alternate(contestants: Sequence[Contestant], rounds: int) -> list[Round]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks import processes
 from benchmarks.large_steps import MEDIA, gradient, new_session, safetensors
-from benchmarks.measure import Cell, NotRun, Plan, Result, Row, Sample, Unmeasured, alternate, best, grid, say
+from benchmarks.measure import Cell, Plan, Result, Row, Sample, Unmeasured, alternate, best, grid, one_by_one, say
 from benchmarks.processes import Server, call, child_seconds
 
 READERS = 100
@@ -44,15 +44,13 @@ _FIGURES = re.compile(
 
 
 def run(rows: Collection[str], plan: Plan) -> Iterator[Result]:
-    for row in ROWS:
-        if row.code in rows:
-            say(f"{row.code}: {row.case}, against {row.against}")
-            try:
-                if shutil.which("wrk") is None:
-                    raise Unmeasured("wrk is not installed")  # noqa: TRY301
-                yield grid(row, "pulls/s", [_cell(name, plan) for name in SIZES], [])
-            except Unmeasured as reason:
-                yield NotRun(row, str(reason))
+    return one_by_one(ROWS, rows, lambda row: _compare(row, plan))
+
+
+def _compare(row: Row, plan: Plan) -> Result:
+    if shutil.which("wrk") is None:
+        raise Unmeasured("wrk is not installed")
+    return grid(row, "pulls/s", [_cell(name, plan) for name in SIZES], [])
 
 
 def _cell(name: str, plan: Plan) -> Cell:

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import processes
 from benchmarks.core_rows import Answering
 from benchmarks.large_steps import COMPILE_SECONDS, MEDIA, new_session, safetensors
-from benchmarks.measure import Cell, NotRun, Plan, Result, Row, Sample, Unmeasured, alternate, best, grid, say
+from benchmarks.measure import Cell, Plan, Result, Row, Sample, Unmeasured, alternate, best, grid, one_by_one, say
 from benchmarks.peers.contestant import SCALES, gradient
 from benchmarks.processes import ROOT, Server, call
 from core.evaluate import WORTH_COMPILING
@@ -81,13 +81,7 @@ _MODULES = {
 
 
 def run(rows: Collection[str], plan: Plan) -> Iterator[Result]:
-    for row in ROWS:
-        if row.code in rows:
-            say(f"{row.code}: {row.case}, against {row.against}")
-            try:
-                yield _compare(row, plan)
-            except Unmeasured as reason:
-                yield NotRun(row, str(reason))
+    return one_by_one(ROWS, rows, lambda row: _compare(row, plan))
 
 
 def _compare(row: Row, plan: Plan) -> Result:
