@@ -26,7 +26,8 @@ Why nothing but a loss looks like one:
   forks and restored checkpoints have ids of their own. A deletion that the store lost is not noticed.
 - **Accepting** raises the session's epoch. Who remembers a place off the line with an older epoch reads the session
   anew; with the same or a newer one the store went back again. The mark takes the epoch of who saw the loss, so that an
-  epoch that was lost itself is never given twice, and what a service knows of the epoch never sinks.
+  epoch that was lost itself is never given twice, and what a service knows of the epoch never sinks. Who saw more
+  entries than were accepted as lost (two primaries, and the session went on at both) tells of it, whatever its epoch.
 - **A place has at least the epoch of the line that it was seen on**, or what was seen after a loss would be read anew
   silently at the next one. An accepted head keeps its commit, so a service that stood there goes on as if nothing had
   happened: it learns of the epoch with whatever moves it on. That is the script that appends (commit.lua), which
@@ -145,8 +146,8 @@ class Heads:
         Raises StateLost, with the session marked as lost; SessionNotFound, StoreUnavailable.
         """
         head = found.head
-        if known is not None and not found.on_line and head.epoch <= known.epoch:
-            marked = head.lost is not None and head.lost.seq >= known.seq and head.epoch == known.epoch
+        if known is not None and not found.on_line and (head.epoch <= known.epoch or head.given < known.seq):
+            marked = head.lost is not None and head.lost.seq >= known.seq and head.epoch >= known.epoch
             if not marked:
                 return await self._lose(id_, known, head)
         if head.lost is not None:

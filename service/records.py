@@ -112,7 +112,8 @@ class Lost(NamedTuple):
 class Head:
     """Where a session stands in the store. `mark` is the last commit that changed what a client can see.
 
-    `lost`: the store went back, and nobody has accepted it yet. `epoch` is how often somebody has.
+    `lost`: the store went back, and nobody has accepted it yet. `epoch` is how often somebody has,
+    `given` the number of the last entry that was given up by it.
     """
 
     commit: str
@@ -131,6 +132,7 @@ class Head:
     tenant: str = DEFAULT_TENANT
     lost: Lost | None = None
     epoch: int = 0
+    given: int = 0
 
     @property
     def known(self) -> Known:
@@ -266,6 +268,7 @@ def head_of(reply: Any) -> Head | None:
             tenant=fields.get("tenant", DEFAULT_TENANT.encode()).decode(),
             lost=_lost(fields["lost"]) if "lost" in fields else None,
             epoch=int(fields.get("epoch", b"0")),
+            given=int(fields.get("given", b"0")),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise Corrupt(f"the head of a session is not what was put there: {error}") from None

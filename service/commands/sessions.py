@@ -1,5 +1,6 @@
 """`ravine sessions`: what the store has of a session, and letting one go on whose store went back."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
@@ -21,6 +22,9 @@ cli = typer.Typer(
 )
 
 PAGE = 1000
+# Seconds in which no service told of more that was lost: each looks soon after it meets another store. One that saw
+# more and is cut off tells of it later, and that is accepted by itself.
+QUIET = 1.0
 Id = Annotated[str, typer.Argument(help="The session's id.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
@@ -125,9 +129,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 async def _accept(settings: Settings, id_: str, *, yes: bool) -> None:
     async with opened(settings, make=False) as store:
-        head = await store.head(checked_id(id_))
-        _say(id_, head)
-        assert head is not None
+        head = await _all_told(store, checked_id(id_))
         if not yes:
             typer.confirm(f"Go on from step {head.step}?", abort=True)
         if await store.accept(id_, head) != "OK":
@@ -135,8 +137,13 @@ async def _accept(settings: Settings, id_: str, *, yes: bool) -> None:
     typer.echo(f"{id_} goes on from step {head.step}")
 
 
-def _say(id_: str, head: Head | None) -> None:
-    """Tells what is about to be given up. Raises SessionNotFound, Refused."""
+async def _all_told(store: Store, id_: str) -> Head:
+    """The head of a lost session, once no service has more to tell, which it says. Raises SessionNotFound, Refused."""
+    head, before = await store.head(id_), None
+    while head is not None and head.lost is not None and head.lost.text != before:
+        before = head.lost.text
+        await asyncio.sleep(QUIET)
+        head = await store.head(id_)
     if head is None:
         raise SessionNotFound(id_)
     if head.lost is None:
@@ -147,3 +154,4 @@ def _say(id_: str, head: Head | None) -> None:
         f"The store has it at step {error.found.step}, ETag {error.found.etag}, entry {head.seq}.\n"
         "What lies between, or beside that, is given up; the idempotency keys of those steps are forgotten with them."
     )
+    return head

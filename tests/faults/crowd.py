@@ -389,13 +389,20 @@ def _stop(server: Replica) -> None:
         server.stop()
 
 
+class GivenUp(NamedTuple):
+    """What was accepted as lost: the last entry that somebody had seen, and whether the store had it all the same."""
+
+    seq: int
+    there: bool
+
+
 class Acceptor:
-    """The operator: accepts what the sessions under load say they have lost. `alarms` counts how often that was."""
+    """The operator: accepts what the sessions under load say they have lost. `accepted` is what, of each session."""
 
     def __init__(self, targets: Sequence[Target], url: str) -> None:
         self._targets, self._url = targets, url
         self._over = threading.Event()
-        self.alarms = 0
+        self.accepted: dict[str, list[GivenUp]] = {target.id: [] for target in targets}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -405,7 +412,7 @@ class Acceptor:
                 if target.held_back.is_set():
                     self._over.wait(ACCEPTED_AFTER)
                     with contextlib.suppress(ServiceError):  # the store is away; it is tried again
-                        self.alarms += asyncio.run(accept(self._url, target.id))
+                        self.accepted[target.id] += asyncio.run(accept(self._url, target.id))
                         target.held_back.clear()
 
     def close(self) -> None:
@@ -413,10 +420,22 @@ class Acceptor:
         self._thread.join()
 
     def judge(self, found: Verdict, faults: int) -> Verdict:
-        """More alarms than one for each session at each fault were false, which is a fault by itself."""
-        false = max(0, self.alarms - faults * len(self._targets))
+        """False alarms are faults by themselves: `faults` is how often the store can have gone back."""
+        false = sum(false_alarms(told, faults) for told in self.accepted.values())
         row = found.outcome._replace(broken=found.outcome.broken + false)
         return found._replace(outcome=row, notes=[*found.notes, *["a false alarm"] * false])
+
+
+def false_alarms(told: Sequence[GivenUp], faults: int) -> int:
+    """How many told of nothing that was lost, or once more of no more than was accepted before: that may be once for
+    each fault, which a service that had seen more can follow.
+    """
+    greatest, again = 0, 0
+    for given_up in told:
+        again += given_up.seq <= greatest
+        greatest = max(greatest, given_up.seq)
+    first = 1 if told else 0
+    return sum(given_up.there for given_up in told) + max(0, again + first - faults)
 
 
 @contextlib.contextmanager
@@ -428,13 +447,20 @@ def accepting(targets: Sequence[Target], url: str) -> Iterator[Acceptor]:
         made.close()
 
 
-async def accept(url: str, session: str) -> bool:
-    """As `ravine sessions accept` does, without the second that its start takes. False: there was nothing to accept."""
+async def accept(url: str, session: str) -> list[GivenUp]:
+    """As `ravine sessions accept` does, without the second that its start takes, and the one that it waits.
+
+    Returns what was accepted, if anything.
+    """
     store = Store(url)
     await store.open()
     try:
         head = await store.head(session)
-        return head is not None and await store.accept(session, head) == "OK"
+        if head is None or head.lost is None:
+            return []
+        lines = [orjson.loads(line) for line in await store.link.call("LRANGE", key(session, "history"), 0, -1)]
+        given_up = GivenUp(head.lost.seq, there=head.lost.mark in {line[-1] for line in lines})
+        return [given_up] if await store.accept(session, head) == "OK" else []
     finally:
         await store.close()
 

@@ -121,7 +121,7 @@ def split_brains(directory: Path, seed: int, times: int, *, replicated: bool = F
         )
         crowds = (left, right)
         opened.enter_context(wire.left.inside())  # whence the operator works
-        with accepting(left.targets, old.front.url):
+        with accepting(left.targets, old.front.url) as operator:
             for crowd in crowds:
                 crowd.start()
             for i in rounds(left, times, draw):
@@ -133,7 +133,7 @@ def split_brains(directory: Path, seed: int, times: int, *, replicated: bool = F
                 right.fault()
             right.finish()
         with old.store.client() as store:
-            return verdict("split brain", injected, store, *crowds)
+            return operator.judge(verdict("split brain", injected, store, *crowds), times)
 
 
 def split(

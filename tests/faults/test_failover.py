@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from tests.faults.crowd import Crowd, accept, replicas, verdict, went_back
+from tests.faults.crowd import Crowd, GivenUp, accept, false_alarms, replicas, verdict, went_back
 from tests.faults.nursery import shared
 from tests.faults.outages import replicated_failovers, stale_failovers
 from tests.faults.stores import pair, until
@@ -123,3 +124,22 @@ def test_a_second_loss_soon_after_the_first_was_accepted(tmp_path: Path) -> None
         stores.lead()
         until(lambda: second.get("/readyz").status_code == 200, "the store answers")
         assert refused_as_lost(other, session)
+
+
+THERE, GONE = GivenUp(9, there=True), [GivenUp(seq, there=False) for seq in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("told", "false"),
+    [
+        ([], 0),
+        ([GONE[7]], 0),
+        ([GONE[4], GONE[7]], 0),  # another service had seen more
+        ([GONE[7], GONE[4]], 0),  # the second fault
+        ([GONE[7], GONE[7], GONE[7]], 1),
+        ([GONE[7], GONE[4], GONE[9], GONE[9]], 1),
+        ([THERE], 1),
+    ],
+)
+def test_what_is_a_false_alarm(told: list[GivenUp], false: int) -> None:
+    assert false_alarms(told, faults=2) == false
