@@ -1,5 +1,6 @@
 """What is sent to a session, and the checks that it must pass before it may change anything."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -227,7 +228,7 @@ def _finite_norm(recipe: Recipe, dense: list[tuple[Slot, Array]], rows: list[tup
     arrays = [array for _, array in dense] + [rows.values.reshape(-1) for _, rows in rows]
     found = norm(arrays)
     mends_nan, mends_infinity = recipe.mends
-    if np.isfinite(found) or (mends_nan and mends_infinity):
+    if math.isfinite(found) or (mends_nan and mends_infinity):
         return found
     # The squares of a float64 gradient may be too large, which is no fault.
     for (slot, _), array in zip([*dense, *rows], arrays, strict=True):

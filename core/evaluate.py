@@ -25,6 +25,8 @@ Formula: TypeAlias = Callable[..., Any]
 
 # Below this a compiled loop saves microseconds and is not worth two seconds of a core.
 WORTH_COMPILING = 16_384
+# NumPy works a dtype's name out anew each time, which takes as long as three operations on a small array.
+_NAMES = {"f": "float32", "d": "float64"}
 
 
 class Spec(NamedTuple):
@@ -67,7 +69,8 @@ class Evaluator:
         Coefficients are float64 and are rounded to the dtype of `run.g` here.
         """
         in_place = add and run.out is run.params
-        spec = Spec(update, needs_params, len(run.slots), len(coefficients), run.g.dtype.name, add, in_place)
+        dtype = _NAMES[run.g.dtype.char]
+        spec = Spec(update, needs_params, len(run.slots), len(coefficients), dtype, add, in_place)
         kernel = self._kernels.get(spec)
         if kernel is None and len(run.g) >= WORTH_COMPILING:
             self._ask(spec)

@@ -133,7 +133,7 @@ def cast(array: Numbers, dtype: np.dtype[Any]) -> Array:
         words = np.ascontiguousarray(array).view("<u2").astype(np.uint32)
         array = (words << np.uint32(16)).view(np.float32).reshape(array.shape)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.require(array, dtype=dtype, requirements=("C", "A"))
+        return array.astype(dtype, order="C", copy=not array.flags.aligned)
 
 
 def check_rows(slot: Slot, rows: Rows) -> None:

@@ -38,6 +38,8 @@ def plateau_values(recipe: Recipe, state: State) -> dict[str, float]:
 def resolved(recipe: Recipe, values: Mapping[str, float], variant: int, t: int) -> Any:
     """A variant of the method with the values that its schedules have at step t."""
     method = recipe.variants[variant]
+    if not recipe.schedules:  # as with most sessions, at every step of which this is asked
+        return method
     if values:
         own = {path: values.get(recipe.path_of(variant, path)) for path, _ in method.schedules()}
         return method.at(t, {path: value for path, value in own.items() if value is not None})
@@ -106,7 +108,7 @@ class Move:
         recipe, state = self.recipe, self.state
         held = state.params
         with np.errstate(all="ignore"):
-            moved = self._transform() and self._before()
+            moved = (not recipe.transforms or self._transform()) and (not recipe.wrappers or self._before())
             add = held is not None and not want_updates and not recipe.wrappers and not recipe.follows
             out = self._out(add=add, fresh=fresh) if moved else None
             moved = out is not None and self._run(out, add=add)
@@ -399,4 +401,4 @@ class Move:
 
 def optimizer_at(recipe: Recipe, state: State, t: int) -> Optimizer:
     """The whole optimizer, wrappers and all, with the values that its schedules have at step t."""
-    return recipe.optimizer.at(t, plateau_values(recipe, state))
+    return recipe.optimizer.at(t, plateau_values(recipe, state)) if recipe.schedules else recipe.optimizer

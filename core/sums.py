@@ -3,6 +3,7 @@
 So they have the same bits everywhere, whatever the machine; a dot product by BLAS has not.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ def norm(arrays: Sequence[Array]) -> float:
     with np.errstate(all="ignore"):
         for array in arrays:  # not by `sum`, which from Python 3.12 on rounds otherwise
             found += _sum(array, _square)
-        return float(np.sqrt(found))
+        return math.sqrt(found)
 
 
 def length(arrays: Sequence[Array]) -> float:
