@@ -11,8 +11,8 @@ from tests.running import Server, serving
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One service for all tests that do not break it; each test makes sessions of its own."""
-    with serving(tmp_path_factory.mktemp("shared") / "data") as running:
+    """One service for all tests that do not break it, started as a user does; each test makes sessions of its own."""
+    with serving(tmp_path_factory.mktemp("shared") / "data", fresh=True) as running:
         yield running
 
 

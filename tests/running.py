@@ -1,4 +1,4 @@
-"""The real server as a process of its own, as a user would start it."""
+"""The real server and its commands as processes of their own; forked (tests/nursery.py), or started as a user would."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,12 +16,23 @@ from pathlib import Path
 
 import httpx
 
+from tests.nursery import Child, shared
+
 ROOT = Path(__file__).parent.parent
 START_SECONDS = 60
 
 
+def quiet() -> dict[str, str]:
+    """The variables of this process but those of the service."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAVINE_")}
+
+
 class Server:
-    """`python -m service serve` on a free port. `arguments` are added to the command line; `root` has the code."""
+    """`ravine serve` on a free port. `arguments` are added to the command line; `root` has the code.
+
+    It is a fork of what has imported everything. `fresh` makes it `python -m service serve`, started from nothing; and
+    so is what has other code, or variables that are not the service's own: they may be read by an import.
+    """
 
     def __init__(
         self,
@@ -29,23 +41,29 @@ class Server:
         environment: dict[str, str] | None = None,
         port: int = 0,
         root: Path = ROOT,
+        fresh: bool = False,
     ) -> None:
         self.data = data
         self._root = root
         self._arguments = arguments
-        self._environment = {k: v for k, v in os.environ.items() if not k.startswith("RAVINE_")}
-        self._environment |= environment or {}
+        self._environment = environment or {}
         self._port = port
-        self.process: subprocess.Popen[str] | None = None
+        self._fresh = fresh or root != ROOT or not all(name.startswith("RAVINE_") for name in self._environment)
+        self.process: subprocess.Popen[str] | Child | None = None
         self.url = ""
         self.log = data.parent / f"{data.name}-{uuid.uuid4().hex[:8]}.log"
 
     def start(self) -> "Server":
-        command = [sys.executable, "-m", "service", "serve", "--port", str(self._port), "--data", str(self.data)]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                [*command, *self._arguments], cwd=self._root, env=self._environment, stderr=log, stdout=log, text=True
-            )
+        arguments = ["serve", "--port", str(self._port), "--data", str(self.data), *self._arguments]
+        if self._fresh:
+            command, environment = [sys.executable, "-m", "service", *arguments], quiet() | self._environment
+            with self.log.open("a") as log:
+                self.process = subprocess.Popen(
+                    command, cwd=self._root, env=environment, stderr=log, stdout=log, text=True
+                )
+        else:
+            self.log.touch()
+            self.process = shared().bear(arguments, self._environment, self.log)
         self.url = self._wait_for_url()
         return self
 
@@ -111,13 +129,28 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(data: Path, *arguments: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    data: Path, *arguments: str, environment: dict[str, str] | None = None, fresh: bool = False
+) -> Iterator[Server]:
     """A running server on a store of its own; both are gone afterwards."""
-    server = Server(data, *arguments, environment=environment).start()
+    server = Server(data, *arguments, environment=environment, fresh=fresh).start()
     try:
         yield server
     finally:
         server.stop()
+
+
+def ravine(*arguments: str | Path, answer: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, forked; `variables` are the service's, such as RAVINE_DATA."""
+    with tempfile.TemporaryDirectory() as directory:
+        given, said, errors = (Path(directory) / name for name in ("given", "said", "errors"))
+        given.write_text(answer)
+        child = shared().bear([str(argument) for argument in arguments], variables, said, errors=errors, given=given)
+        try:
+            code = child.wait(60)
+        finally:
+            child.kill()
+        return subprocess.CompletedProcess(arguments, code, said.read_text(), errors.read_text())
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import stat
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,7 +17,7 @@ import typer
 from service.cli import cli
 from service.commands import backup
 from service.embedded import Embedded
-from tests.running import ROOT, Server, redis_server, serving
+from tests.running import ROOT, Server, ravine, redis_server, serving
 from tests.test_docs import addresses, blocks_of, compare, directory, needs_shell, printed
 from tests.wire import create
 
@@ -27,12 +26,6 @@ STEP = {"gradients": {"w": [1.0, 2.0]}, "return": "none"}
 QUICK = {"RAVINE_JIT": "false"}
 
 __all__ = ["directory"]  # a fixture
-
-
-def ravine(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service", *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAVINE_")} | variables
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def succeeded(*arguments: str | Path) -> str:

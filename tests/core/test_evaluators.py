@@ -119,9 +119,18 @@ def test_every_kind_is_here() -> None:
     }  # fmt: skip
 
 
+# Compiling takes most of the time. Here each formula is compiled for every target and for both types; the other three
+# of the six pairs are the same loops around the same expressions.
+USUAL = {("float32", "updates"), ("float64", "added"), ("float32", "in_place")}
+COMPILED = [
+    pytest.param(dtype, target, marks=() if (dtype, target) in USUAL else pytest.mark.soak)
+    for dtype in DTYPES
+    for target in ("updates", "added", "in_place")
+]
+
+
 @needs_numba
-@pytest.mark.parametrize("target", ["updates", "added", "in_place"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "target"), COMPILED)
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_same_bits(formula: str, dtype: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     first, *others = FORMULAS[formula]

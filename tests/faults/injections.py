@@ -23,9 +23,10 @@ import redis
 from tests.faults.chain import Faults, outcome
 from tests.faults.cutter import CUTS, Cutter, cutting
 from tests.faults.load import COURSES, LARGE, PATIENCE, PLAIN, Course, Load
-from tests.faults.nursery import Nursery, Replica, shared
+from tests.faults.nursery import Replica
 from tests.faults.outcome import Outcome
 from tests.faults.stores import StoreServer
+from tests.nursery import Nursery, shared
 from tests.running import redis_server
 
 Scenario: TypeAlias = Callable[[Path, int], Outcome]

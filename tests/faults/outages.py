@@ -25,10 +25,11 @@ import redis
 from service.valkey import LOG_DIRECTORY, try_lock
 from tests.faults.crowd import LARGE, SMALL, Crowd, Verdict, accepting, replicas, rounds, verdict, went_back
 from tests.faults.namespaces import Unpermitted, with_small_disk
-from tests.faults.nursery import Replica, nursery, shared
+from tests.faults.nursery import Replica
 from tests.faults.outcome import Outcome
 from tests.faults.partitions import partitions, split_brains
 from tests.faults.stores import DURABLE, VOLATILE, Pair, StoreServer, forwarding, pair, storing, until
+from tests.nursery import nursery, shared
 
 NOTICED_SECONDS = 20.0
 DRAINED_SECONDS = 40.0

@@ -6,8 +6,8 @@ the replica goes on, with the acknowledgement, and has counted once.
 
 import asyncio
 import contextlib
+import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +26,9 @@ from service.engine import Engine
 from service.errors import Unconfirmed
 from service.store import Store
 from tests.faults.stores import DURABLE, StoreServer, storing
-from tests.running import ROOT, Server, redis_server, serving
+from tests.faults.stores import Pair as FailoverPair
+from tests.faults.stores import pair as failover_pair
+from tests.running import Server, ravine, redis_server, serving
 from tests.service.test_acks import calls, replicated, stopped
 from tests.service.test_engine import Wire
 from tests.service.world import copied, created, params, request, step
@@ -192,6 +194,80 @@ def test_a_commit_that_arrives_late_at_a_disk_that_syncs(tmp_path: Path, late: i
         runner.run(asyncio.wait_for(scene(), 40))
 
 
+@contextlib.asynccontextmanager
+async def failing_over(directory: Path) -> AsyncIterator[tuple[Engine, FailoverPair]]:
+    with failover_pair(directory) as servers:
+        async with engine_on(servers.front.url, Asked("replicated", seconds=0.3)) as engine:
+            yield engine, servers
+
+
+async def over(engine: Engine, servers: FailoverPair) -> None:
+    """The replica takes over with what it has, and is found."""
+    servers.fail_over()
+    servers.lead()
+    async with asyncio.timeout(20):
+        while not await engine.ready():
+            await asyncio.sleep(0.02)
+
+
+def test_labels_that_were_acknowledged_are_found_by_after_a_failover(tmp_path: Path) -> None:
+    """The replica falls behind between a change and its entries in the lists; then again, when it is sent again."""
+
+    async def scene() -> None:
+        async with failing_over(tmp_path) as (engine, servers):
+            store = engine._store
+            session = await created(engine, params={"w": [0.0] * 3})
+            enter, labelled = store.index.enter, schemas.patch({"labels": {"team": "vision"}})
+
+            async def behind(*arguments: Any) -> None:
+                servers.hold()
+                try:
+                    await enter(*arguments)
+                finally:
+                    servers.replica.signal(signal.SIGCONT)
+                    servers.link.release()
+
+            store.index.enter = behind  # type: ignore[method-assign]
+            for _ in range(2):
+                with pytest.raises(Unconfirmed):
+                    await engine.patch(session, labelled, None)
+            store.index.enter = enter  # type: ignore[method-assign]
+            assert (await engine.patch(session, labelled, None))[0]["labels"] == {"team": "vision"}
+            servers.hold()
+            await over(engine, servers)
+            assert [found["id"] for found in (await engine.sessions(10, None, ("team", "vision")))[0]] == [session]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(scene(), 40))
+
+
+def test_a_session_is_not_made_where_its_entry_may_be_lost(tmp_path: Path) -> None:
+    """A failover between the two, and the session would be there, and in no list."""
+
+    async def scene() -> None:
+        async with failing_over(tmp_path) as (engine, servers):
+            store = engine._store
+            make = store.create
+
+            async def elsewhere(*arguments: Any) -> None:
+                await over(engine, servers)
+                servers.rejoin()
+                await make(*arguments)
+
+            store.create = elsewhere  # type: ignore[method-assign]
+            servers.hold()
+            with pytest.raises(Unconfirmed):
+                await created(engine, params={"w": [0.0] * 3}, labels={"team": "vision"})
+            servers.replica.signal(signal.SIGCONT)
+            servers.link.release()
+            session = await created(engine, params={"w": [0.0] * 3}, labels={"team": "vision"})
+            for label in (None, ("team", "vision")):
+                assert session in [found["id"] for found in (await engine.sessions(10, None, label))[0]]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(scene(), 40))
+
+
 # -- services ----------------------------------------------------------------------------------------------------------
 
 STEP = {"gradients": {"w": [1.0]}}
@@ -291,8 +367,7 @@ def test_a_store_that_cannot_give_it_is_refused(
 
 
 def serve(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service", "serve", "--port", "0", "--data", str(directory / "data"), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return ravine("serve", "--port", "0", "--data", directory / "data", *arguments)
 
 
 def test_who_shares_the_directory_decides_with_the_rest(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from service.valkey import try_lock
-from tests.faults.nursery import Replica, shared
+from tests.faults.nursery import Replica
 from tests.faults.outages import log_of, torn_embedded_logs, torn_logs
 from tests.faults.stores import until
+from tests.nursery import shared
 from tests.wire import bits, create, params, step
 
 

@@ -1,4 +1,4 @@
-"""Callers with keys: a service that asks for them, keys put into its store, and every call of the service once."""
+"""Callers, with keys and without: services for them, keys put into a store, and every call of the service once."""
 
 import asyncio
 import contextlib
@@ -19,6 +19,14 @@ from tests.wire import create
 
 MISSING = f"ses_{'0' * 25}"
 KEYS_ASKED_FOR = {"RAVINE_KEYS": "required", "RAVINE_JIT": "false"}
+
+
+@contextlib.contextmanager
+def service(directory: Path, **settings: object) -> Iterator[Server]:
+    """On an embedded store in `directory`, with these settings."""
+    environment = {"RAVINE_JIT": "false"} | {f"RAVINE_{name.upper()}": str(value) for name, value in settings.items()}
+    with serving(directory / "data", environment=environment) as server:
+        yield server
 
 
 def add_key(

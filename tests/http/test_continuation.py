@@ -8,9 +8,11 @@ Where workers share a session each of these steps is a contribution, and the bre
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -33,6 +35,7 @@ from tests.running import Server
 from tests.wire import SAFETENSORS, create
 
 THREADS = 4
+TOGETHER = 32  # cases on one server
 DTYPES = {"<f4": "F32", "<f8": "F64", "<i8": "I64", BF16.str: "BF16"}
 
 
@@ -141,12 +144,17 @@ def finish(client: httpx.Client, run: Run, made: Case, needs: frozenset[str]) ->
         run.finals.append(file_of(final, 200 if made.held else 409))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """All cases, side by side, across one kill of the server. What goes wrong in a case is kept for its test."""
-    found = {name: Run() for name in CASES}
-    needs = {name: session_of(made).recipe.needs for name, made in CASES.items()}
-    server = Server(tmp_path_factory.mktemp("continuation") / "data").start()
+def asked_for(request: pytest.FixtureRequest) -> list[str]:
+    """The cases of the tests that are to run: `-k` chooses some of them."""
+    calls = (getattr(item, "callspec", None) for item in request.session.items if item.path == request.path)
+    return [call.params["name"] for call in calls if call is not None]
+
+
+def side_by_side(cases: Sequence[str], data: Path) -> dict[str, Run]:
+    """These cases across one kill of the server. What goes wrong in a case is kept for its test."""
+    found = {name: Run() for name in cases}
+    needs = {name: session_of(CASES[name]).recipe.needs for name in found}
+    server = Server(data).start()
 
     def everywhere(phase: Any) -> None:
         def work(names: Sequence[str]) -> None:
@@ -158,7 +166,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
                     except (AssertionError, httpx.HTTPError) as error:
                         found[name].error = error
 
-        names = list(CASES)
+        names = list(found)
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(work, [names[i::THREADS] for i in range(THREADS)]))
 
@@ -170,6 +178,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     finally:
         server.stop()
     return found
+
+
+@pytest.fixture(scope="module")
+def run_of(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
+    """The run of a case, made with some beside it: not with all, or each process that has one of the tests made all."""
+    names = asked_for(request)
+
+    @cache
+    def together(index: int) -> dict[str, Run]:
+        data = tmp_path_factory.mktemp("continuation") / "data"
+        return side_by_side(names[index * TOGETHER : (index + 1) * TOGETHER], data)
+
+    return lambda name: together(names.index(name) // TOGETHER)[name]
 
 
 # -- without one -----------------------------------------------------------------------------------------------------
@@ -246,8 +267,8 @@ def uninterrupted(made: Case) -> tuple[Session, list[dict[str, Any]], list[str]]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_goes_on_with_the_same_bits(runs: Mapping[str, Run], name: str) -> None:
-    run, made = runs[name], CASES[name]
+def test_it_goes_on_with_the_same_bits(run_of: Callable[[str], Run], name: str) -> None:
+    run, made = run_of(name), CASES[name]
     if run.error is not None:
         raise run.error
     session, answers, rates = uninterrupted(made)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from tests.http.callers import service
 from tests.http.sockets import await_listeners, connected, head_of, reply_on
 from tests.http.test_slow import HEAD_SECONDS, PATIENCE, problem_in, reply_exactly, until_closed
-from tests.running import Server, serving
+from tests.running import Server
 from tests.wire import create
 
 LIVE = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -20,8 +21,7 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    settings = {"RAVINE_HEADER_SECONDS": str(HEAD_SECONDS), "RAVINE_JIT": "false"}
-    with serving(tmp_path_factory.mktemp("hasty") / "data", environment=settings) as server:
+    with service(tmp_path_factory.mktemp("hasty"), header_seconds=HEAD_SECONDS) as server:
         yield server
 
 

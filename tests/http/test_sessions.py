@@ -1,6 +1,7 @@
 """Sessions made, shown, listed, changed and deleted."""
 
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -320,11 +321,15 @@ def test_a_session_deleted_while_it_is_at_work(server: Server, size: int) -> Non
         path = f"/v1/sessions/{session}"
         assert client.put(f"{path}/params", content=saved(g), headers=SAFETENSORS).status_code == 200
 
+    at_work = threading.Barrier(7)
+
     def work(call: int) -> list[int]:
         """The statuses of one call made over and over, until it is a 404."""
-        found = []
+        found: list[int] = []
         with server.client() as own:
             while not found or found[-1] != 404:
+                if len(found) == 1:
+                    at_work.wait(60)
                 if call == 0:
                     found.append(step(own, session, g).status_code)
                 elif call == 1:
@@ -337,7 +342,8 @@ def test_a_session_deleted_while_it_is_at_work(server: Server, size: int) -> Non
 
     with ThreadPoolExecutor(6) as pool:
         running = [pool.submit(work, call) for call in range(6)]
-        time.sleep(0.3)
+        at_work.wait(60)
+        time.sleep(0.1)
         with server.client() as client:
             assert client.delete(path).status_code == 204
         statuses = [future.result() for future in running]

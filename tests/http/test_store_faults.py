@@ -145,7 +145,11 @@ def test_a_store_that_fills_up(full: tuple[httpx.Client, redis.Redis]) -> None:
     assert client.get(f"/v1/sessions/{made[0]}/params").status_code == 200
     for session in made[:4]:
         assert client.delete(f"/v1/sessions/{session}").status_code == 204
-    assert client.post("/v1/sessions", json=body).status_code == 201
+    # What its connections have in their buffers counts as well, and is given back some seconds after it was used.
+    deadline = time.monotonic() + 30
+    while (again := client.post("/v1/sessions", json=body)).status_code == 507 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert again.status_code == 201, again.text
 
 
 def test_while_the_store_is_full(full: tuple[httpx.Client, redis.Redis]) -> None:

@@ -7,18 +7,14 @@ import pytest
 
 from service.app import create_app
 from service.settings import Settings
-from tests.running import ROOT
+from tests.running import ROOT, ravine
 
 OPTIONS = ("host", "port", "data", "redis-url", "ack", "ack-replicas", "durability", "memory", "log-format")
 
 
-def ravine(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-
-
 def test_help_tells_every_option_with_its_default_and_variable() -> None:
-    told = ravine("serve", "--help")
+    command = [sys.executable, "-m", "service", "serve", "--help"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert told.returncode == 0
     words = " ".join(told.stdout.split())
     for option in OPTIONS:

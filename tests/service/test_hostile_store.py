@@ -4,8 +4,6 @@ Nothing is answered that is not so, and nobody waits for ever because of somebod
 """
 
 import asyncio
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from service.index import DEADLINES
 from service.store import Store, key
 from tests.faults.stores import storing
 from tests.faults.test_acks import REPLICATED, engine_on
-from tests.running import ROOT
+from tests.running import ravine
 from tests.service.test_acks import replicated
 from tests.service.test_lost import SGD, is_marked, put_back, saved, stepped, until
 from tests.service.test_store import chain, made, pieces, runs
@@ -432,11 +430,9 @@ def test_lost_sessions_of_all_tenants_are_listed(run: Run) -> None:
 
 
 async def listed(world: World, *options: str) -> list[str]:
-    command = [sys.executable, "-m", "service", "sessions", "list", "--redis-url", world.embedded.url, *options]
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=ROOT)
-    out, _ = await process.communicate()
-    assert process.returncode == 0
-    return [line.split()[0] for line in out.decode().splitlines()]
+    done = await asyncio.to_thread(ravine, "sessions", "list", "--redis-url", world.embedded.url, *options)
+    assert done.returncode == 0
+    return [line.split()[0] for line in done.stdout.splitlines()]
 
 
 # -- what a contribution is told ---------------------------------------------------------------------------------------

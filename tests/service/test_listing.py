@@ -1,10 +1,7 @@
 """The catalogue for people: `ravine optimizers`, and the pages of docs/ that are made of it."""
 
 import re
-import subprocess
-import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
@@ -12,8 +9,8 @@ from core import averaging, optimizers, schedules, transforms
 from core.aggregation import reducers
 from core.aggregation.staleness import STALENESS
 from service import listing
+from tests.running import ROOT, ravine
 
-ROOT = Path(__file__).parent.parent.parent
 FAMILIES = {
     "optimizers": optimizers.KINDS,
     "schedules": schedules.KINDS,
@@ -33,11 +30,6 @@ LATEX = {
     "pi", "pm", "prod", "psi", "qquad", "quad", "rVert", "rangle", "rfloor", "rho", "right", "sigma", "sqrt", "sum",
     "tau", "text", "tfrac", "theta", "top", "varepsilon",
 }  # fmt: skip
-
-
-def ravine(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

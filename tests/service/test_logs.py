@@ -19,7 +19,7 @@ import structlog
 
 from service import logs
 from service.valkey import try_lock
-from tests.running import START_SECONDS, Server
+from tests.running import START_SECONDS, Server, quiet
 from tests.wire import create, step
 
 pytestmark = pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
@@ -67,7 +67,7 @@ class Silent(Server):
             port = free.getsockname()[1]
         command = [sys.executable, "-m", "service", "serve", "--port", str(port), "--data", str(self.data)]
         with Path("/dev/full").open("w") as full:
-            self.process = subprocess.Popen(command, env=self._environment, stderr=full, text=True)
+            self.process = subprocess.Popen(command, env=quiet() | self._environment, stderr=full, text=True)
         self.url = f"http://127.0.0.1:{port}"
         deadline = time.monotonic() + START_SECONDS
         with self.client() as client:

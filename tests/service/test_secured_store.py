@@ -4,11 +4,8 @@ The rules of the store's user are those of docs/security.md, taken from there.
 """
 
 import asyncio
-import os
 import re
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +18,7 @@ import safetensors.numpy
 from service.errors import StoreUnavailable
 from service.store import Store
 from tests.certificates import Authority
-from tests.running import ROOT, redis_binary, redis_server, serving, valkey_binary
+from tests.running import ROOT, ravine, redis_binary, redis_server, serving, valkey_binary
 from tests.wire import SAFETENSORS, create
 
 PASSWORD = "a-password-of-the-tests"
@@ -178,9 +175,7 @@ def test_a_store_behind_tls(tmp_path: Path) -> None:
 
 def test_a_secret_file_that_cannot_be_is_told_at_the_start(tmp_path: Path) -> None:
     def refused(environment: dict[str, str]) -> str:
-        command = [sys.executable, "-m", "service", "serve", "--port", "0"]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("RAVINE_")}
-        done = subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=30)
+        done = ravine("serve", "--port", "0", **environment)
         assert done.returncode == 2, done.stderr
         return done.stderr
 
