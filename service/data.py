@@ -50,7 +50,7 @@ from service.http import (
     send_reply,
 )
 from service.operations import methods_of
-from service.problems import MethodNotAllowed, RequestTimeout
+from service.problems import MethodNotAllowed, RequestTimeout, forget_way
 from service.wire import safetensors
 from service.wire.errors import WireError
 from service.wire.inflate import Body
@@ -174,6 +174,7 @@ class DataPlane:
                 if left <= 0 or await self._waits.run(request.receive, turn, request.ticket) is None:
                     turn.close()
                     raise
+                forget_way(error)
         if not isinstance(told, Pending) or not seconds:
             return told
         step.release()  # its body may be large, and the wait long

@@ -155,7 +155,20 @@ def problem_of(error: Exception, instance: str) -> Problem:
     problem = told(error, instance)
     if problem.status == 500:
         log.error("request failed", problem=problem.slug, path=instance, exc_info=error)
+    forget_way(error)
     return problem
+
+
+def forget_way(error: BaseException) -> None:
+    """Lets go of the frames that `error` and its contexts came through, once nobody will look at them any more.
+
+    Among them is who waited for a future that holds the error: a circle, and in it the whole body of the request. The
+    garbage collector comes seldom (memory.py): 20 refused steps of 8 MB held 160 MB.
+    """
+    left: BaseException | None = error
+    while left is not None and left.__traceback__ is not None:
+        left.__traceback__ = None
+        left = left.__context__
 
 
 def told(error: Exception, instance: str) -> Problem:

@@ -355,16 +355,22 @@ def _validated(model: type[Model], given: dict[str, Any], faults: Iterable[Fault
 
 
 def _adjustable(optimizer: object) -> tuple[str, ...]:
-    """The kinds whose hyperparameters a group may set: what the wrappers wrap. Empty if it cannot be told."""
-    kinds: list[str] = []
+    """The kinds whose hyperparameters a group may set: what the wrappers wrap. Empty if it cannot be told.
+
+    Each is named once and none follows one that has no base, whatever was sent: a model is made for each answer, and
+    kept, so there must be few of them.
+    """
+    kinds: dict[str, None] = {}
     while isinstance(described := by_name(optimizer), Mapping):
         kind = described.get("kind")
         if not isinstance(kind, str) or kind not in KINDS:
             return ()
         if not issubclass(KINDS[kind], Wrapper):
-            kinds.append(kind)
-        usual = {field.name: field.default for field in fields(KINDS[kind])}.get("base")
-        optimizer = described.get("base", describe(usual))
+            kinds[kind] = None
+        usual = {field.name: field.default for field in fields(KINDS[kind])}
+        if "base" not in usual:
+            break
+        optimizer = described.get("base", describe(usual["base"]))
     return tuple(kinds)
 
 
