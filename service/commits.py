@@ -302,8 +302,10 @@ class Committer:
         found = await self._store.tail(live.id, -2, known._replace(seq=known.seq + len(items), commit=commit))
         if found is None:
             return "GONE"
+        if not found.on_line:
+            return None
         live.learn(found.head.epoch)
-        return "OK" if found.on_line else None
+        return "OK"
 
     async def _landed_safely(self, live: Live, commit: str) -> Appended | None:
         """The outcome of an append that landed; of that alone nobody knows whether it is safe."""

@@ -22,12 +22,15 @@ Why nothing but a loss looks like one:
   the base, which is not looked at. What the trail does not know is taken to be well: a place more than 10,000 entries
   before the base.
 - **Eviction and reload** keep the place. A snapshot of a session that left memory is one like any other.
-- **Deleted** sessions are not there: 404, and the place is dropped. Ids are random, so none comes back as another;
-  forks and restored checkpoints have ids of their own. A deletion that the store lost is not noticed.
-- **Accepting** raises the session's epoch. Who remembers a place off the line with an older epoch reads the session
-  anew; with the same or a newer one the store went back again. The mark takes the epoch of who saw the loss, so that an
-  epoch that was lost itself is never given twice, and what a service knows of the epoch never sinks. Who saw more
-  entries than were accepted as lost (two primaries, and the session went on at both) tells of it, whatever its epoch.
+- **Deleted** sessions are not there: 404. Ids are random, so none comes back as another; forks and restored
+  checkpoints have ids of their own. A deletion that the store lost is not noticed. Who did not delete it itself keeps
+  the place for an hour: an empty store may be one whose data somebody is about to put back.
+- **Accepting** raises the session's epoch, and keeps the commits of the places that were told with the mark. Who
+  remembers a place off the line tells of it, unless it has an older epoch than the head and its commit was among these:
+  then it reads the session anew. So nobody's place is given up that was not told, whichever line it was on, and nobody
+  tells twice; but a service that was cut off while the others told comes with a mark of its own. The mark takes the
+  epoch of who saw the loss, so that an epoch that was lost itself is never given twice, and what a service knows of the
+  epoch never sinks. What was accepted sinks with a store that goes back behind it, and is told of once more.
 - **A place has at least the epoch of the line that it was seen on**, or what was seen after a loss would be read anew
   silently at the next one. An accepted head keeps its commit, so a service that stood there goes on as if nothing had
   happened: it learns of the epoch with whatever moves it on. That is the script that appends (commit.lua), which
@@ -35,7 +38,7 @@ Why nothing but a loss looks like one:
   what is read anew come with the head. So it is told of no step after the accepted head without its epoch. While it
   stays at that head the epoch is of no use: all that it saw was there when that was accepted.
 - **Two stores at once**, an old primary and a new one behind one address: the mark is set only on the head that was
-  compared, in one script. If it is another by then, all is looked at again.
+  compared, in one script. If it is another by then, or has another epoch, all is looked at again.
 
 All places are looked at when the server behind the store is another, or was restarted, or did not answer for a while,
 and now and then anyway: so that a loss is noticed before somebody steps on, mostly.
@@ -45,6 +48,7 @@ import asyncio
 import contextlib
 from collections.abc import Mapping
 from itertools import islice
+from time import monotonic
 
 import structlog
 from redis.exceptions import RedisError
@@ -71,6 +75,8 @@ BATCH, CLUSTER_BATCH, PAUSE = 200, 20, 0.01
 REST = 10
 # How often a place is compared anew because the session was changed in between.
 TRIES = 20
+# Seconds for which the place of a session is kept that the store does not have.
+MISSED = 3600.0
 
 
 class Heads:
@@ -80,6 +86,7 @@ class Heads:
         self._store = store
         self._live = live
         self._remembered: dict[str, str] = {}  # id -> place, the last that was used last
+        self._missed: dict[str, float] = {}  # id -> since when the store has it not, of those remembered
         self._watcher: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -114,15 +121,23 @@ class Heads:
         known, before = live.head.known, self._place(live.id)
         if before is not None and (before.epoch, before.seq) > (known.epoch, known.seq):
             known = before
-        self._remembered.pop(live.id, None)
+        self.drop(live.id)
         self._remembered[live.id] = known.text
         if len(self._remembered) > REMEMBERED:
             for id_ in list(islice(self._remembered, FORGOTTEN)):
-                del self._remembered[id_]
+                self.drop(id_)
 
     def drop(self, id_: str) -> None:
-        """It is gone."""
+        """It was deleted, or its place is known better."""
         self._remembered.pop(id_, None)
+        self._missed.pop(id_, None)
+
+    def _miss(self, id_: str) -> None:
+        """The store does not have it."""
+        if id_ in self._remembered:
+            since = self._missed.setdefault(id_, monotonic())
+            if monotonic() - since > MISSED:
+                self.drop(id_)
 
     # Comparing
 
@@ -131,7 +146,7 @@ class Heads:
         known = self.known(id_)
         head = await self._store.head(id_)
         if head is None:
-            self.drop(id_)
+            self._miss(id_)
             raise SessionNotFound(id_)
         if known is not None and head.seq <= known.seq and head.commit != known.commit:
             head = await self._compared(id_, known)
@@ -146,9 +161,9 @@ class Heads:
         Raises StateLost, with the session marked as lost; SessionNotFound, StoreUnavailable.
         """
         head = found.head
-        if known is not None and not found.on_line and (head.epoch <= known.epoch or head.given < known.seq):
-            marked = head.lost is not None and head.lost.seq >= known.seq and head.epoch >= known.epoch
-            if not marked:
+        if known is not None and not found.on_line and not head.gave_up(known):
+            told = head.lost is not None and known.commit.encode() in head.lost.told and head.epoch >= known.epoch
+            if not told:
                 return await self._lose(id_, known, head)
         if head.lost is not None:
             raise state_lost(id_, head)
@@ -180,7 +195,7 @@ class Heads:
         for _ in range(TRIES):
             found = await self._store.tail(id_, -2, known)
             if found is None:
-                self.drop(id_)
+                self._miss(id_)
                 raise SessionNotFound(id_)
             if await self.settle(id_, known, found):
                 return found.head
@@ -203,6 +218,8 @@ class Heads:
                 server = ""  # whatever comes back is to be looked at
             except (ServiceError, RedisError) as error:
                 log.warning("the heads of sessions cannot be looked at", reason=str(error))
+            except Exception:  # whatever one session has in the store: the others are still to be looked at
+                log.exception("looking at the heads of sessions broke off")
 
     async def _look_at_all(self) -> None:
         ids = [*self._live, *self._remembered]
@@ -212,10 +229,12 @@ class Heads:
             standing = await self._store.standing(list(places))
             for (id_, known), stands in zip(places.items(), standing, strict=True):
                 if stands is None:
-                    self.drop(id_)
-                elif isinstance(stands, Corrupt):
+                    self._miss(id_)
+                    continue
+                self._missed.pop(id_, None)
+                if isinstance(stands, Corrupt):
                     continue  # whoever asks for it is told
-                elif stands[0] != known.commit:
+                if stands[0] != known.commit:
                     await self._look_at(id_, known)
                 elif stands[1] > known.epoch:
                     self._accepted(id_, known, stands[1])

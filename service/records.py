@@ -9,7 +9,7 @@ it is the first. A release that comes to write another one gives the session a n
 that has it in memory looks; one that does not know the format refuses the session, whatever it is asked for.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -98,7 +98,7 @@ class Known(NamedTuple):
 
 class Lost(NamedTuple):
     """Where a session was known to stand, by a service that then found it elsewhere; `at` is RFC 3339. `text` is what
-    the head says of it.
+    the head says of it, `told` the commits at which all services saw it that told of it so far.
     """
 
     seq: int
@@ -106,14 +106,15 @@ class Lost(NamedTuple):
     mark: str
     at: str
     text: bytes
+    told: bytes
 
 
 @dataclass(slots=True)
 class Head:
     """Where a session stands in the store. `mark` is the last commit that changed what a client can see.
 
-    `lost`: the store went back, and nobody has accepted it yet. `epoch` is how often somebody has,
-    `given` the number of the last entry that was given up by it.
+    `lost`: the store went back, and nobody has accepted it yet. `epoch` is how often somebody has, `given` at which
+    commits services had seen it stand that were given up with it; None: it was accepted without saying so.
     """
 
     commit: str
@@ -132,11 +133,17 @@ class Head:
     tenant: str = DEFAULT_TENANT
     lost: Lost | None = None
     epoch: int = 0
-    given: int = 0
+    given: bytes | None = None
 
     @property
     def known(self) -> Known:
         return Known(self.seq, self.commit, self.epoch, self.step, self.mark)
+
+    def gave_up(self, known: Known) -> bool:
+        """Whether somebody accepted that the session does not stand there any more."""
+        if self.epoch <= known.epoch:
+            return False
+        return self.lost is None if self.given is None else known.commit.encode() in self.given
 
 
 class Tail(NamedTuple):
@@ -247,7 +254,7 @@ def head_of(reply: Any) -> Head | None:
     if not reply:
         return None
     pairs = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
-    fields = {name.decode(): value for name, value in pairs}
+    fields = {name.decode(errors="replace"): value for name, value in pairs}
     if fields.get("format", FORMAT.encode()) != FORMAT.encode():
         raise UnknownFormat("the session", fields["format"].decode(errors="replace"), [FORMAT])
     try:
@@ -266,33 +273,36 @@ def head_of(reply: Any) -> Head | None:
             updated_at=fields["time"].decode(),
             skipped=int(fields["skipped"]),
             tenant=fields.get("tenant", DEFAULT_TENANT.encode()).decode(),
-            lost=_lost(fields["lost"]) if "lost" in fields else None,
-            epoch=int(fields.get("epoch", b"0")),
-            given=int(fields.get("given", b"0")),
+            lost=_lost(fields["lost"], fields.get("told", b"")) if "lost" in fields else None,
+            epoch=count_of(fields.get("epoch", b"0")),
+            given=fields.get("given") if fields.get("given_epoch") == fields.get("epoch") else None,
         )
     except (KeyError, ValueError, TypeError) as error:
         raise Corrupt(f"the head of a session is not what was put there: {error}") from None
 
 
 def count_of(text: bytes) -> int:
-    """Raises Corrupt."""
+    """Raises Corrupt, also for what Python takes for a number and the store's scripts do not."""
+    if not text.isdigit():
+        raise Corrupt(f"the head of a session is not what was put there: {text[:20]!r} is no number")
+    return int(text)
+
+
+async def readable(reading: Awaitable[Any]) -> Head | UnknownFormat | Corrupt | None:
+    """The head that is being read, or why it cannot be."""
     try:
-        return int(text)
-    except ValueError:
-        raise Corrupt(f"the head of a session is not what was put there: {text[:20]!r} is no number") from None
+        return head_of(await reading)
+    except (UnknownFormat, Corrupt) as fault:
+        return fault
 
 
-def readable(reply: Any) -> Head | UnknownFormat | None:
-    """The head, or why it cannot be read. Raises Corrupt."""
-    try:
-        return head_of(reply)
-    except UnknownFormat as unknown:
-        return unknown
-
-
-def _lost(text: bytes) -> Lost:
+def _lost(text: bytes, told: bytes) -> Lost:
+    """Raises KeyError, ValueError, TypeError."""
     said = orjson.loads(text)
-    return Lost(said["seq"], said["step"], said["commit"], said["at"], text)
+    seq, step, mark, at = (said[name] for name in ("seq", "step", "commit", "at"))
+    if not (type(seq) is type(step) is int and type(mark) is type(at) is str):
+        raise ValueError("what it says of what was lost is of other types")
+    return Lost(seq, step, mark, at, text, told)
 
 
 def assemble(replies: Sequence[bytes], length: int, checksum: str, name: str) -> bytes | memoryview:

@@ -95,15 +95,14 @@ class Store:
         self._url = url
         self._asked = asked
         self.durable = asked.ack != "memory"
-        self._scattered = False  # durable, and what is not of one session lies on other servers
         self._patience = patience
         self._failpoints = failpoints
         self._link: Link | None = None
         self._scripts: dict[str, tuple[str, str]] = {}  # name -> (sha, text)
         self.pubsub_client: Any = None
         self.meters = StoreMeters()
-        self.index = Index(lambda *command: self.link.call(*command, durable=self._scattered), self._read)
-        self.keyring = Keyring(lambda *command: self.link.call(*command), self._read)
+        self.index = Index(lambda *command, durable: self.link.call(*command, durable=durable), self._read)
+        self.keyring = Keyring(lambda *command: self.link.call(*command, durable=True), self._read)
 
     # Connecting
 
@@ -119,7 +118,7 @@ class Store:
         finally:
             await single.aclose()
         self._link = ClusterLink(self._url, barrier=barrier) if mode else SingleLink(self._url, name, barrier=barrier)
-        self._scattered = self.durable and bool(mode)
+        self.index.scattered = bool(mode)
         self.pubsub_client = (
             self._link.client
             if isinstance(self._link, ClusterLink)
@@ -376,14 +375,14 @@ class Store:
 
     async def lose(self, session: str, known: Known, found: Head) -> Outcome:
         """Marks the session as lost, if it still is as `found`: it was `known` to stand elsewhere."""
-        arguments: list[Argument] = [found.commit, found.seq, lost_text(known, found), known.seq, known.epoch]
-        arguments += [key(session), f"lost {found.step} {found.mark}"]
+        arguments: list[Argument] = [found.commit, found.seq, found.epoch, lost_text(known, found)]
+        arguments += [known.seq, known.epoch, known.commit, key(session), f"lost {found.step} {found.mark}"]
         return _outcome((await self._script("lose", [key(session, "head")], arguments))[0])
 
     async def accept(self, session: str, found: Head) -> Outcome:
         """Lets a lost session go on from where it was `found`, if it is still there and has lost no more than that."""
-        text = b"" if found.lost is None else found.lost.text
-        arguments: list[Argument] = [found.commit, text, key(session), f"accepted {found.step} {found.mark}"]
+        lost = (b"", b"") if found.lost is None else (found.lost.text, found.lost.told)
+        arguments: list[Argument] = [found.commit, *lost, key(session), f"accepted {found.step} {found.mark}"]
         return _outcome((await self._script("accept", [key(session, "head")], arguments))[0])
 
     async def count_skipped(self, session: str) -> None:
@@ -401,14 +400,14 @@ class Store:
         reply = await self._read("HGETALL", key(session, "head"))
         return head_of(reply)
 
-    async def heads(self, sessions: Sequence[str]) -> list[Head | UnknownFormat | None]:
-        found = await asyncio.gather(*[self._read("HGETALL", key(session, "head")) for session in sessions])
-        return [readable(reply) for reply in found]
+    async def heads(self, sessions: Sequence[str]) -> list[Head | UnknownFormat | Corrupt | None]:
+        """The head of each, or why it cannot be read."""
+        return await asyncio.gather(*[readable(self._read("HGETALL", key(session, "head"))) for session in sessions])
 
     async def stands(self, session: str) -> tuple[str, int] | None:
         """Commit and epoch at which it stands now; None: no such session. Raises Corrupt."""
         commit, epoch = await self._read("HMGET", key(session, "head"), "commit", "epoch")
-        return None if commit is None else (commit.decode(), count_of(epoch or b"0"))
+        return None if commit is None else (commit.decode(errors="replace"), count_of(epoch or b"0"))
 
     async def standing(self, sessions: Sequence[str]) -> list[tuple[str, int] | Corrupt | None]:
         """What `stands` says of each, or raises because it cannot be read."""

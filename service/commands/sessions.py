@@ -9,7 +9,7 @@ import typer
 
 from service.commands.opened import Refused, opened, run
 from service.commands.options import Data, RedisUrl, settings_of
-from service.errors import SessionNotFound, StoreUnavailable, UnknownFormat
+from service.errors import Corrupt, SessionNotFound, StoreUnavailable, UnknownFormat
 from service.ids import checked_id
 from service.index import DEFAULT_TENANT
 from service.inspection import described, inspect
@@ -73,7 +73,9 @@ async def _listed(store: Store, tenant: str, *, lost: bool) -> AsyncIterator[dic
     after: str | None = None
     while ids := await store.index.ids(tenant, None, after, PAGE):
         for id_, head in zip(ids, await store.heads(ids), strict=True):
-            if isinstance(head, UnknownFormat):
+            if isinstance(head, Corrupt):  # with --lost, too: nobody can tell whether it is
+                yield {"id": id_, "tenant": tenant, "damaged": str(head)}
+            elif isinstance(head, UnknownFormat):
                 if not lost:
                     yield {"id": id_, "format": head.format}
             elif head is not None and (head.lost is not None or not lost):
@@ -86,16 +88,21 @@ def _line(found: dict[str, Any]) -> str:
     if "format" in found:
         return f"{found['id']}  of format {found['format']}, which this release does not read"
     whose = "" if found["tenant"] == DEFAULT_TENANT else f"  of tenant {found['tenant']}"
+    if "damaged" in found:
+        return f"{found['id']}{whose}  damaged: {found['damaged']}"
     lost = "  lost steps" if found["lost"] else ""
     return f"{found['id']}{whose}  step {found['step']}  changed {found['updated_at']}{lost}"
 
 
 async def _inspect(settings: Settings, id_: str) -> dict[str, Any]:
     async with opened(settings, make=False) as store:
-        found = await inspect(store, checked_id(id_))
-        if found is None:
-            raise SessionNotFound(id_)
-        return described(id_, found)
+        try:
+            found = await inspect(store, checked_id(id_))
+            if found is None:
+                raise SessionNotFound(id_)
+            return described(id_, found)
+        except Corrupt as fault:  # so that nothing can be shown
+            raise Refused(f"{id_} is damaged: {fault}") from None
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -140,8 +147,8 @@ async def _accept(settings: Settings, id_: str, *, yes: bool) -> None:
 async def _all_told(store: Store, id_: str) -> Head:
     """The head of a lost session, once no service has more to tell, which it says. Raises SessionNotFound, Refused."""
     head, before = await store.head(id_), None
-    while head is not None and head.lost is not None and head.lost.text != before:
-        before = head.lost.text
+    while head is not None and head.lost is not None and head.lost != before:
+        before = head.lost
         await asyncio.sleep(QUIET)
         head = await store.head(id_)
     if head is None:

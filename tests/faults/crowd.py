@@ -35,8 +35,9 @@ from service import schemas
 from service.errors import ServiceError
 from service.store import Store, key
 from tests.faults.chain import Evidence, Line, Replayed, Reply, check, outcome
-from tests.faults.nursery import Nursery, Replica
+from tests.faults.nursery import Replica
 from tests.faults.outcome import Outcome
+from tests.nursery import Nursery
 from tests.running import Server
 from tests.wire import SAFETENSORS, tensors
 
@@ -390,9 +391,11 @@ def _stop(server: Replica) -> None:
 
 
 class GivenUp(NamedTuple):
-    """What was accepted as lost: the last entry that somebody had seen, and whether the store had it all the same."""
+    """What was accepted as lost: the commits at which services had seen the session, and whether the store had one of
+    them all the same.
+    """
 
-    seq: int
+    commits: frozenset[str]
     there: bool
 
 
@@ -427,15 +430,14 @@ class Acceptor:
 
 
 def false_alarms(told: Sequence[GivenUp], faults: int) -> int:
-    """How many told of nothing that was lost, or once more of no more than was accepted before: that may be once for
-    each fault, which a service that had seen more can follow.
+    """How many told of nothing that was lost, or of what was accepted before: each fault but the first may have undone
+    an accepting.
     """
-    greatest, again = 0, 0
+    before, again = frozenset[str](), 0
     for given_up in told:
-        again += given_up.seq <= greatest
-        greatest = max(greatest, given_up.seq)
-    first = 1 if told else 0
-    return sum(given_up.there for given_up in told) + max(0, again + first - faults)
+        again += given_up.commits <= before
+        before |= given_up.commits
+    return sum(given_up.there for given_up in told) + max(0, again - faults + 1)
 
 
 @contextlib.contextmanager
@@ -459,7 +461,8 @@ async def accept(url: str, session: str) -> list[GivenUp]:
         if head is None or head.lost is None:
             return []
         lines = [orjson.loads(line) for line in await store.link.call("LRANGE", key(session, "history"), 0, -1)]
-        given_up = GivenUp(head.lost.seq, there=head.lost.mark in {line[-1] for line in lines})
+        told = frozenset(head.lost.told.decode().split())
+        given_up = GivenUp(told, there=not told.isdisjoint(line[-1] for line in lines))
         return [given_up] if await store.accept(session, head) == "OK" else []
     finally:
         await store.close()

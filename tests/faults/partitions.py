@@ -13,8 +13,9 @@ from pathlib import Path
 
 from tests.faults.crowd import Crowd, Target, Verdict, Window, accepting, replicas, rounds, verdict
 from tests.faults.namespaces import Network, Wire, wired
-from tests.faults.nursery import Nursery, Replica, nursery
+from tests.faults.nursery import Replica
 from tests.faults.stores import AT_ONCE, DURABLE, VOLATILE, Forwarder, StoreServer, until
+from tests.nursery import Nursery, nursery
 
 
 def partitions(directory: Path, seed: int, times: int) -> Verdict:

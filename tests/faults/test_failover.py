@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.faults.crowd import Crowd, GivenUp, accept, false_alarms, replicas, verdict, went_back
-from tests.faults.nursery import shared
 from tests.faults.outages import replicated_failovers, stale_failovers
 from tests.faults.stores import pair, until
+from tests.nursery import shared
 from tests.running import Server
 from tests.wire import create, step
 
@@ -126,19 +126,20 @@ def test_a_second_loss_soon_after_the_first_was_accepted(tmp_path: Path) -> None
         assert refused_as_lost(other, session)
 
 
-THERE, GONE = GivenUp(9, there=True), [GivenUp(seq, there=False) for seq in range(10)]
+def gone(*commits: str) -> GivenUp:
+    return GivenUp(frozenset(commits), there=False)
 
 
 @pytest.mark.parametrize(
     ("told", "false"),
     [
         ([], 0),
-        ([GONE[7]], 0),
-        ([GONE[4], GONE[7]], 0),  # another service had seen more
-        ([GONE[7], GONE[4]], 0),  # the second fault
-        ([GONE[7], GONE[7], GONE[7]], 1),
-        ([GONE[7], GONE[4], GONE[9], GONE[9]], 1),
-        ([THERE], 1),
+        ([gone("a")], 0),
+        ([gone("a"), gone("b")], 0),  # of another service, which came late
+        ([gone("a"), gone("a", "b"), gone("c")], 0),
+        ([gone("a", "b"), gone("b")], 0),  # the second fault, which undid that the first was accepted
+        ([gone("a"), gone("b"), gone("b"), gone("a")], 1),
+        ([GivenUp(frozenset("a"), there=True)], 1),
     ],
 )
 def test_what_is_a_false_alarm(told: list[GivenUp], false: int) -> None:

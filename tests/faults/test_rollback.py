@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,8 @@ from typing import Any
 import redis
 
 from tests.http.refusals import refused
-from tests.running import ROOT, Server, valkey_binary
+from tests.running import Server, valkey_binary
+from tests.running import ravine as command
 from tests.wire import create
 
 STEP = {"gradients": {"w": [1.0]}}
@@ -71,8 +71,7 @@ def valkey(directory: Path) -> Iterator[Valkey]:
 
 
 def ravine(store: Valkey, *arguments: str, answer: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "service", "sessions", *arguments, "--redis-url", store.url]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False, input=answer)
+    return command("sessions", *arguments, "--redis-url", store.url, answer=answer)
 
 
 def inspected(store: Valkey, session: str) -> dict[str, Any]:
@@ -147,10 +146,10 @@ def test_the_embedded_store_is_looked_at_with_and_without_a_service(data: Path) 
         for _ in range(2):
             assert client.post(f"/v1/sessions/{session}/steps", json=body).status_code == 200
     running = server.valkey_pid()
-    command = [sys.executable, "-m", "service", "sessions", "inspect", session, "--json", "--data", str(data)]
     shown = []
     for stop in (True, False):
-        told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+        told = command("sessions", "inspect", session, "--json", "--data", data)
+        assert told.returncode == 0, told.stderr
         shown.append(json.loads(told.stdout))
         if stop:
             assert server.valkey_pid() == running
@@ -162,8 +161,7 @@ def test_the_embedded_store_is_looked_at_with_and_without_a_service(data: Path) 
 
 
 def test_what_is_not_there_is_a_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "service", "sessions", "list", "--data", str(tmp_path / "none")]
-    refusal = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    refusal = command("sessions", "list", "--data", tmp_path / "none")
     assert refusal.returncode == 1
     assert "there is no store" in refusal.stderr
     assert not (tmp_path / "none").exists()

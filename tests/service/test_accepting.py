@@ -10,11 +10,18 @@ import pytest
 from service import deadlines
 from service.documents import Stamp
 from service.embedded import Embedded
-from service.errors import StateLost
+from service.engine import Engine
+from service.errors import Place, StateLost
 from service.records import Head
-from service.store import Store
+from service.store import Store, key
 from tests.service.losses import SGD, accepted, head_of, put_back, saved, stepped, until
 from tests.service.world import Run, World, copied, created, params, request, step
+
+
+@pytest.fixture(autouse=True)
+def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of themselves services look soon after their start, which may be anywhere in a scenario."""
+    monkeypatch.setattr("service.heads.LOOK", 3600.0)
 
 
 def test_what_was_accepted_goes_on(run: Run) -> None:
@@ -76,6 +83,7 @@ def test_an_epoch_that_was_lost_is_not_given_again(run: Run) -> None:
 
 def test_who_stands_at_the_head_learns_of_the_epoch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no reason to read anything anew, and yet must not take the next loss for one that was accepted."""
+    monkeypatch.setattr("service.heads.LOOK", 0.1)
     monkeypatch.setattr("service.heads.EVERY", 0.1)
 
     async def scenario(world: World) -> None:
@@ -223,6 +231,131 @@ def test_who_saw_more_than_was_accepted_tells_of_it(run: Run) -> None:
     run(scenario)
 
 
+async def lost(world: World, engine: Engine, session: str, before: dict[bytes, bytes]) -> Place:
+    """Loses what came since, and accepts it. Returns what was told."""
+    await put_back(world, session, before)
+    with pytest.raises(StateLost) as told:
+        await params(engine, session)
+    await accepted(world, session)
+    return told.value.acknowledged
+
+
+def test_a_larger_loss_before_hides_nothing(run: Run) -> None:
+    async def scenario(world: World) -> None:
+        first, second = await world.replica(), await world.replica()
+        session = await created(first, **SGD)
+        before = await saved(world, session)
+        await stepped(first, session, 20)
+        assert (await lost(world, first, session, before)).step == 20
+        await stepped(first, session, 1)
+        before = await saved(world, session)
+        await stepped(first, session, 2)
+        seen = await stepped(second, session, 3)
+        assert (await lost(world, first, session, before)).step == 3
+        await stepped(first, session, 1)
+        with pytest.raises(StateLost) as more:
+            await params(second, session)
+        assert more.value.acknowledged == seen
+
+    run(scenario)
+
+
+def test_another_branch_is_told_of_however_short(run: Run) -> None:
+    """Two primaries went on from step 2, one to 5, one to 8; both are lost, and only the longer one was told."""
+
+    async def scenario(world: World) -> None:
+        first, second = await world.replica(), await world.replica()
+        session = await created(first, **SGD)
+        await stepped(first, session, 2)
+        before = await saved(world, session)
+        shorter = await stepped(second, session, 3)
+        await put_back(world, session, before)
+        await stepped(first, session, 6)
+        assert (await lost(world, first, session, before)).step == 8
+        with pytest.raises(StateLost) as told:
+            await params(second, session)
+        assert told.value.acknowledged == shorter
+        await accepted(world, session)
+        assert await params(second, session) == await params(first, session)
+
+    run(scenario)
+
+
+def test_all_who_told_before_it_was_accepted_go_on(run: Run) -> None:
+    """Whoever saw less than another, and told of it in time."""
+
+    async def scenario(world: World) -> None:
+        replicas = [await world.replica() for _ in range(3)]
+        session = await created(replicas[0], **SGD)
+        before = await saved(world, session)
+        for replica in replicas:
+            await stepped(replica, session, 2)
+        await put_back(world, session, before)
+        for replica in replicas[::-1]:
+            with pytest.raises(StateLost) as told:
+                await params(replica, session)
+            assert told.value.acknowledged.step == 6
+        await accepted(world, session)
+        for replica in replicas:
+            assert await params(replica, session) == [0.0] * 3
+
+    run(scenario)
+
+
+ACCEPTED_BEFORE = """
+redis.call('HDEL', KEYS[1], 'lost')
+redis.call('HSET', KEYS[1], 'commit', (string.gsub(redis.call('HGET', KEYS[1], 'commit'), '^lost:', '')))
+return redis.call('HINCRBY', KEYS[1], 'epoch', 1)
+"""
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["the first", "after one of this release"])
+def test_what_a_release_accepted_that_keeps_no_list_is_accepted(run: Run, *, earlier: bool) -> None:
+    async def scenario(world: World) -> None:
+        engine = await world.replica()
+        session = await created(engine, **SGD)
+        before = await saved(world, session)
+        await stepped(engine, session, 3)
+        if earlier:
+            await lost(world, engine, session, before)
+            await stepped(engine, session, 2)
+            before = await saved(world, session)
+            await stepped(engine, session, 2)
+        await put_back(world, session, before)
+        with pytest.raises(StateLost):
+            await params(engine, session)
+        await world.raw.eval(ACCEPTED_BEFORE, 1, key(session, "head"))
+        assert (await step(engine, session)).stamp.step == (3 if earlier else 1)
+        before = await saved(world, session)
+        seen = await stepped(engine, session, 1)
+        assert await lost(world, engine, session, before) == seen
+        await params(engine, session)
+
+    run(scenario)
+
+
+def test_a_mark_that_is_late_on_its_way_marks_nothing(run: Run) -> None:
+    """The head that was accepted has the commit that it was found with; what was lost then is not lost once more."""
+
+    async def scenario(world: World) -> None:
+        engine, store = await world.replica(), Store(world.embedded.url)
+        await store.open()
+        session = await created(engine, **SGD)
+        before = await saved(world, session)
+        await stepped(engine, session, 3)
+        known = (await head(store, session)).known
+        await put_back(world, session, before)
+        found = await head(store, session)
+        with pytest.raises(StateLost):
+            await params(engine, session)
+        await accepted(world, session)
+        assert await store.lose(session, known, found) == "STALE"
+        assert (await head(store, session)).lost is None
+        await store.close()
+
+    run(scenario)
+
+
 def test_the_operator_accepts_what_all_had_to_tell(run: Run) -> None:
     """Services tell one after the other of ever more, while the command runs already."""
 
@@ -245,7 +378,8 @@ def test_the_operator_accepts_what_all_had_to_tell(run: Run) -> None:
         told, _ = await operator.communicate()
         assert operator.returncode == 0
         assert f"was seen at step 16, ETag {Stamp(16, known[-1].mark).etag}, entry 16.".encode() in told
-        assert (await head(store, session)).given == 16
+        given = (await head(store, session)).given or b""
+        assert given.decode().split() == [seen.commit for seen in known]
         await store.close()
 
     run(scenario)

@@ -18,10 +18,16 @@ from service.errors import SessionNotFound, StateLost
 from service.heads import PLACE
 from service.ids import new_commit, new_id
 from service.records import Known
-from service.store import Store
+from service.store import Store, key
 from tests.service.losses import SGD, SMALL, head_of, is_marked, put_back, saved, stepped, until
 from tests.service.test_store import chain, made
 from tests.service.world import Run, World, copied, created, params, request, step
+
+
+@pytest.fixture(autouse=True)
+def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of themselves services look soon after their start, which may be anywhere in a scenario."""
+    monkeypatch.setattr("service.heads.LOOK", 3600.0)
 
 
 async def next_event(engine: Engine, session: str) -> object:
@@ -148,6 +154,86 @@ def test_another_past_is_noticed_however_far_it_leads(run: Run, monkeypatch: pyt
     run(scenario)
 
 
+@pytest.mark.parametrize("asked", [0, 1, 3])
+@pytest.mark.parametrize("budget", [SMALL, 1 << 30], ids=["out of memory", "in memory"])
+def test_an_empty_store_in_between_makes_nobody_forget(run: Run, budget: int, asked: int) -> None:
+    """As where a server was started on the wrong directory, and then an old dump was loaded."""
+
+    async def scenario(world: World) -> None:
+        engine = await world.replica(budget=budget)
+        session = await created(engine, **SGD)
+        await stepped(engine, session, 2)
+        before = await saved(world, session)
+        seen = await stepped(engine, session, 3)
+        for name in await world.keys(session):
+            await world.raw.delete(name)
+        for _ in range(asked):
+            with pytest.raises(SessionNotFound):
+                await params(engine, session)
+            with pytest.raises(SessionNotFound):
+                await engine.stamp(session)
+        await put_back(world, session, before)
+        with pytest.raises(StateLost) as told:
+            await params(engine, session)
+        assert told.value.acknowledged == seen
+
+    run(scenario)
+
+
+def test_the_place_of_a_session_that_stays_away_is_forgotten(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.heads.MISSED", 0.3)
+    monkeypatch.setattr("service.heads.EVERY", 0.0)
+    monkeypatch.setattr("service.heads.REST", 0)
+    monkeypatch.setattr("service.heads.LOOK", 0.05)
+
+    async def scenario(world: World) -> None:
+        engine = await world.replica(budget=SMALL)
+        session = await created(engine, **SGD)
+        other = await created(engine, **SGD)
+        await stepped(engine, session, 1)
+        await stepped(engine, other, 1)
+        assert engine._heads.known(session) is not None
+        await (await world.replica()).delete(session, None)
+
+        async def forgotten() -> bool:
+            return engine._heads.known(session) is None
+
+        await until(forgotten)
+        assert engine._heads.known(other) is not None
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("commit", b"\xff\xfe"),
+        ("lost", b'{"seq":"x","step":1,"commit":"c","at":"t"}'),
+        ("epoch", b"1_0"),
+        ("seq", b"x"),
+    ],
+)
+def test_others_are_looked_at_beside_a_damaged_head(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, value: bytes
+) -> None:
+    monkeypatch.setattr("service.heads.EVERY", 0.0)
+    monkeypatch.setattr("service.heads.REST", 0)
+    monkeypatch.setattr("service.heads.LOOK", 0.05)
+
+    async def scenario(world: World) -> None:
+        engine = await world.replica()
+        damaged, session = await created(engine, **SGD), await created(engine, **SGD)
+        await stepped(engine, damaged, 1)
+        await world.raw.hset(key(damaged, "head"), mapping={"commit": "0" * 16, name: value})
+        await asyncio.sleep(0.3)
+        before = await saved(world, session)
+        await stepped(engine, session, 1)
+        await put_back(world, session, before)
+        await until(lambda: is_marked(world, session))
+
+    run(scenario)
+
+
 def test_a_session_out_of_memory_is_remembered(run: Run) -> None:
     async def scenario(world: World) -> None:
         engine = await world.replica(budget=SMALL)
@@ -233,7 +319,9 @@ def test_quiet_entries_are_a_part_of_the_past(run: Run) -> None:
     run(scenario)
 
 
-def test_a_restarted_store_is_looked_at_before_anybody_asks(run: Run) -> None:
+def test_a_restarted_store_is_looked_at_before_anybody_asks(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.heads.LOOK", 0.5)
+
     async def scenario(world: World) -> None:
         engine, small = await world.replica(), await world.replica(budget=SMALL)
         sessions = [await created(engine, **SGD) for _ in range(4)]
@@ -253,6 +341,7 @@ def test_a_restarted_store_is_looked_at_before_anybody_asks(run: Run) -> None:
 
 def test_all_are_looked_at_every_now_and_then(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the same server has other data all of a sudden; many sessions, in several batches."""
+    monkeypatch.setattr("service.heads.LOOK", 0.1)
     monkeypatch.setattr("service.heads.EVERY", 0.2)
     monkeypatch.setattr("service.heads.BATCH", 7)
 
