@@ -215,9 +215,10 @@ class Engine:
             wanted = limit + 1 - len(found)
             page = await self._tenants.page(tenant, label, after, wanted)
             for id_, head in page:
-                if isinstance(head, UnknownFormat):  # it is there, and another release's
+                try:
+                    described = await self._listed(id_, head)
+                except (UnknownFormat, Corrupt):  # it is there, and another release's, or the operator's to look at
                     continue
-                described = None if head is None else await self._described(id_, head)
                 if described is None or (label and described["labels"].get(label[0]) != label[1]):
                     await self._tenants.forget(tenant, id_, label, gone=described is None)
                 else:
@@ -225,6 +226,12 @@ class Engine:
             if len(page) < wanted or len(found) > limit:
                 return found[:limit], len(found) > limit
             after = page[-1][0]
+
+    async def _listed(self, id_: str, head: Head | UnknownFormat | Corrupt | None) -> dict[str, Any] | None:
+        """None: it is not there. Raises what stands in the way of reading it."""
+        if isinstance(head, UnknownFormat | Corrupt):
+            raise head
+        return None if head is None else await self._described(id_, head)
 
     async def delete(self, id_: str, if_match: Precondition | None, tenant: str = DEFAULT_TENANT) -> None:
         """Even of a session that is lost. Raises SessionNotFound, StepConflict, UnknownFormat.

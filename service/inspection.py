@@ -41,7 +41,7 @@ async def _damaged(store: Store, session: str, fault: str) -> Inspection | None:
 
 
 def described(session: str, found: Inspection) -> dict[str, Any]:
-    """As JSON values."""
+    """As JSON values. Raises Corrupt."""
     head = found.head
     lost = head.lost
     return {
@@ -61,7 +61,10 @@ def described(session: str, found: Inspection) -> dict[str, Any]:
 
 def _log(found: Inspection) -> list[dict[str, Any]]:
     """The entries, each with the step at which the session stands after it; None where the snapshot cannot be read."""
-    rounds = orjson.loads(found.head.document)["aggregation"]["mode"] in ("sync", "buffered")
+    try:
+        rounds = orjson.loads(found.head.document)["aggregation"]["mode"] in ("sync", "buffered")
+    except (KeyError, TypeError, ValueError) as error:
+        raise Corrupt(f"its document is not what was put there: {error}") from None
     step = None if found.snapshot is None else int(found.snapshot["step"])
     lines = []
     for seq, entry in enumerate(found.entries or (), found.head.base + 1):

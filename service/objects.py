@@ -5,6 +5,7 @@ from typing import Any
 import orjson
 
 from service.documents import Record
+from service.errors import Corrupt
 from service.records import Head
 
 
@@ -14,7 +15,14 @@ def record_of(line: list[Any]) -> Record:
 
 
 def session_object(id_: str, head: Head) -> dict[str, Any]:
-    """What a client is shown of a session."""
+    """What a client is shown of a session. Raises Corrupt."""
+    try:
+        return _shown(id_, head)
+    except (KeyError, TypeError, ValueError) as error:
+        raise Corrupt(f"the document of {id_} is not what was put there: {error}") from None
+
+
+def _shown(id_: str, head: Head) -> dict[str, Any]:
     document: dict[str, Any] = orjson.loads(head.document)
     size, slot_bytes, round_bytes = (document.pop(name, 0) for name in ("size", "slot_bytes", "round_bytes"))
     held = size * (8 if document["dtype"] == "float64" else 4) if head.held else 0

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from core.errors import CoreError
 from service.access.usage import Quota, Usage
-from service.errors import QuotaExceeded, ServiceError, StoreFull, StoreUnavailable, UnknownFormat
+from service.errors import Corrupt, QuotaExceeded, ServiceError, StoreFull, StoreUnavailable, UnknownFormat
 from service.ids import age_of
 from service.records import Head
 from service.store import Store
@@ -67,8 +67,10 @@ class Tenants:
 
     async def page(
         self, tenant: str, label: tuple[str, str] | None, after: str | None, limit: int
-    ) -> list[tuple[str, Head | UnknownFormat | None]]:
-        """At most `limit` ids, newest first, with their heads; None: not there, not yet or not any more."""
+    ) -> list[tuple[str, Head | UnknownFormat | Corrupt | None]]:
+        """At most `limit` ids, newest first, with their heads, or what stands in the way of reading one; None: not
+        there, not yet or not any more.
+        """
         ids = await self._store.index.ids(tenant, label, after, limit)
         heads, unsettled = await asyncio.gather(self._store.heads(ids), self._usage.unsettled(tenant, ids))
         found = list(zip(ids, heads, strict=True))

@@ -8,9 +8,13 @@
 A secret has 256 bits, so a plain digest of it cannot be searched through, and there is nothing to salt: the slow hashes
 for passwords make up for secrets that people choose. What is in the store opens nothing. An id is entered in the set
 before its key exists and leaves it after the key is gone, so whatever breaks between the two leaves no key unlisted.
+
+With ack=disk or replicated a key is made, or revoked, once that is as safe as was asked for. What is not confirmed is
+done all the same, and is sent again by whoever wants it confirmed.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import re
@@ -22,7 +26,7 @@ from typing import Any, Final, NamedTuple, cast
 
 from service.access.rates import parse_rate
 from service.access.rights import SCOPES, Access, Scope
-from service.errors import Corrupt
+from service.errors import Corrupt, Unconfirmed
 
 KEYS: Final = "ravine:keys"
 _TEXT: Final = re.compile(rb"rvn_([a-z0-9]{12,32})_([A-Za-z0-9_-]{43})")
@@ -32,6 +36,14 @@ SECRET_BYTES: Final = 32
 # Seconds for which a key that was looked up is believed in: revoking it takes so long to have its effect.
 BELIEVED: Final = 1.0
 MAX_CACHED: Final = 10_000
+# 1 where there was a key. Where there was none it writes, too: a barrier vouches for what its connection wrote, and for
+# nothing if that was nothing.
+_END: Final = """
+if redis.call('DEL', KEYS[1]) == 1 then return 1 end
+redis.call('HSET', KEYS[1], 'over', '')
+redis.call('DEL', KEYS[1])
+return 0
+"""
 # Compared with where there is no such key, so that the answer takes as long.
 _NOBODY: Final = hashlib.sha256(b"nobody").hexdigest()
 
@@ -85,9 +97,9 @@ def digest_of(secret: bytes) -> str:
 
 
 class Keyring:
-    """The keys in the store. `call` sends a command once, `read` one that may be repeated.
+    """The keys in the store. `call` sends a command once, and waits until it is safe; `read` one that may be repeated.
 
-    All methods raise StoreUnavailable; `add` StoreFull, too.
+    All methods raise StoreUnavailable; `add` and `revoke` Unconfirmed, and StoreFull, too.
     """
 
     def __init__(self, call: Callable[..., Awaitable[Any]], read: Callable[..., Awaitable[Any]]) -> None:
@@ -115,10 +127,12 @@ class Keyring:
         return [key for key in found if key is not None]
 
     async def revoke(self, id_: str) -> bool:
-        """Whether there was such a key."""
-        gone = await self._call("DEL", _name(id_))
-        await self._call("ZREM", KEYS, id_)
-        return bool(gone)
+        """Whether there was such a key, or one whose end was not confirmed before: its id is still there then."""
+        gone = await self._call("EVAL", _END, 1, _name(id_))
+        left = 0
+        with contextlib.suppress(Unconfirmed):  # an id without a key opens nothing
+            left = await self._call("ZREM", KEYS, id_)
+        return bool(gone or left)
 
 
 def _name(id_: str) -> str:

@@ -13,7 +13,7 @@ from service.access.rates import parse_rate
 from service.access.rights import SCOPES, Scope
 from service.commands.opened import opened, run
 from service.commands.options import Data, RedisUrl, settings_of
-from service.errors import SessionNotFound
+from service.errors import SessionNotFound, Unconfirmed
 from service.ids import checked_id
 from service.index import DEFAULT_TENANT
 from service.settings import Settings
@@ -61,12 +61,18 @@ def create(
 
 
 async def _create(settings: Settings, key: Key) -> None:
-    async with opened(settings) as store:
+    async with opened(settings, vouched=True) as store:
         if key.session is not None:
             head = await store.head(key.session)
             if head is None or head.tenant != key.tenant:
                 raise SessionNotFound(key.session)
-        await store.keyring.add(key)
+        try:
+            await store.keyring.add(key)
+        except Unconfirmed as error:
+            raise Unconfirmed(
+                f"key {key.id} is made, if at all, but not confirmed: {error}. It is not shown, and opens nothing; run "
+                "it again for another one"
+            ) from None
 
 
 @cli.command("list")
@@ -109,8 +115,14 @@ def revoke(
 
 
 async def _revoke(settings: Settings, id_: str) -> bool:
-    async with opened(settings, make=False) as store:
-        return await store.keyring.revoke(id_)
+    async with opened(settings, make=False, vouched=True) as store:
+        try:
+            return await store.keyring.revoke(id_)
+        except Unconfirmed as error:
+            raise Unconfirmed(
+                f"key {id_} is revoked here, but that is not confirmed: {error}. Nothing is taken back, and a failover "
+                "or a power cut may bring the key back: run it again"
+            ) from None
 
 
 # -- what is given -----------------------------------------------------------------------------------------------------

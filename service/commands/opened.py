@@ -20,10 +20,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeout
 
+from service import logs
+from service.acks import AckImpossible, Asked
 from service.embedded import Durability, Embedded
 from service.errors import ServiceError, StoreUnavailable
 from service.settings import Settings
-from service.store import Store
+from service.store import MEMORY, Store
 from service.valkey import LOG_DIRECTORY, EmbeddedFailed, socket_path
 
 T = TypeVar("T")
@@ -34,13 +36,15 @@ class Refused(Exception):
 
 
 @contextlib.asynccontextmanager
-async def opened(settings: Settings, *, make: bool = True) -> AsyncIterator[Store]:
+async def opened(settings: Settings, *, make: bool = True, vouched: bool = False) -> AsyncIterator[Store]:
     """The store of a service with these settings. Not `make`: an embedded store that was never used stays unmade.
+    `vouched`: what is durable is waited for as the settings say, and raises Unconfirmed.
 
     Raises StoreUnavailable, EmbeddedFailed, OSError.
     """
+    asked = Asked(settings.ack, settings.ack_replicas) if vouched else MEMORY
     if settings.redis_url:
-        async with _connected(settings.redis_url) as store:
+        async with _connected(settings.redis_url, asked) as store:
             yield store
         return
     data = settings.data.expanduser().resolve()
@@ -49,17 +53,20 @@ async def opened(settings: Settings, *, make: bool = True) -> AsyncIterator[Stor
     embedded = Embedded(data, await _durability(data, settings), on_progress=_tell)
     await embedded.start()
     try:
-        async with _connected(embedded.url) as store:
+        async with _connected(embedded.url, asked) as store:
             yield store
     finally:
         await embedded.stop()
 
 
 @contextlib.asynccontextmanager
-async def _connected(url: str) -> AsyncIterator[Store]:
-    store = Store(url)
+async def _connected(url: str, asked: Asked) -> AsyncIterator[Store]:
+    store = Store(url, asked=asked)
     try:
-        await store.open()
+        # One that cannot vouch for anything just now is open all the same, and says so at each change: a key must be
+        # revoked even while no replica answers.
+        with contextlib.suppress(AckImpossible):
+            await store.open()
         yield store
     finally:
         await store.close()
@@ -73,7 +80,7 @@ async def _durability(data: Path, settings: Settings) -> Durability:
     except RedisTimeout as error:
         raise StoreUnavailable(f"the store in {data} does not answer: {error}") from None
     except (RedisError, OSError):  # it does not run
-        if (data / LOG_DIRECTORY / "appendonly.aof.manifest").exists():
+        if settings.ack == "disk" or (data / LOG_DIRECTORY / "appendonly.aof.manifest").exists():
             return "always"  # a log stays a log, and what a command changes is on the disk when it ends
         return "snapshot" if (data / "dump.rdb").exists() else settings.durability or "everysec"
     finally:
@@ -94,6 +101,7 @@ def _tell(sentence: str) -> None:
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """Runs a command to its end; a sentence and exit code 1 where the store does not allow what is asked of it."""
+    logs.configure("text")  # to the standard error: what a command prints may go into a file
     try:
         return asyncio.run(coroutine)
     except (Refused, ServiceError, EmbeddedFailed, OSError) as error:

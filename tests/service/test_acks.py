@@ -80,9 +80,49 @@ def test_what_the_disk_says(replies: list[Any], sentence: str | None) -> None:
 
 def test_what_a_server_without_waitaof_says() -> None:
     barrier = Barrier(Asked("disk"), waitaof=False)
-    assert [command[0] for command in barrier.commands] == ["CONFIG"] * 3
-    assert barrier.missing(SET) is None
-    assert barrier.missing([SET[0], [b"appendfsync", b"everysec"], SET[2]]) is not None
+    assert [command[0] for command in barrier.commands] == ["INFO"] * 2 + ["CONFIG"] * 3
+    told = [b"# Server\r\nrun_id:a\r\n", info(1, 0, 0, 88)]
+    assert barrier.missing([*told, *SET]) is None
+    assert barrier.missing([*told, SET[0], [b"appendfsync", b"everysec"], SET[2]]) is not None
+    for number, part in enumerate(["server", "persistence"]):
+        replies = [*told[:number], ResponseError("NOPERM"), *told[number + 1 :]]
+        assert barrier.missing([*replies, *SET]) == f"the store does not tell its INFO {part}: NOPERM"
+
+
+def info(enabled: int, running: int, scheduled: int, base: int) -> bytes:
+    lines = {
+        "aof_enabled": enabled,
+        "aof_rewrite_in_progress": running,
+        "aof_rewrite_scheduled": scheduled,
+        "aof_base_size": base,
+    }
+    return "".join(["# Persistence\r\n", *(f"{name}:{value}\r\n" for name, value in lines.items())]).encode()
+
+
+WHOLE, OFF, NEVER = (1, 0, 0, 0), (0, 0, 0, 0), None
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "safe"),
+    [
+        *[(NEVER, (1, 1, 0, 0), False), (NEVER, (1, 0, 1, 0), False), (NEVER, (1, 1, 0, 88), True)],
+        *[(WHOLE, (1, 1, 0, 0), True), (WHOLE, (1, 0, 1, 0), True), (WHOLE, (1, 1, 0, 88), True)],
+        *[(OFF, (1, 1, 0, 0), False), (OFF, (1, 0, 1, 88), False), (OFF, (1, 1, 0, 88), False), (OFF, WHOLE, True)],
+    ],
+)
+def test_which_rewrite_takes_nothing_away(
+    before: tuple[int, int, int, int] | None, now: tuple[int, int, int, int], safe: bool
+) -> None:
+    """By what the server was last seen with, and by nothing that another one was."""
+    barrier = Barrier(Asked("disk"), waitaof=False)
+
+    def missing(server: str, told: tuple[int, int, int, int]) -> str | None:
+        return barrier.missing([f"run_id:{server}\r\n".encode(), info(*told), *SET])
+
+    missing("b", OFF if before == WHOLE else WHOLE)
+    if before is not None:
+        missing("a", before)
+    assert (missing("a", now) is None) == safe
 
 
 @pytest.mark.parametrize(("reply", "safe"), [(2, True), (3, True), (1, False), (ResponseError("no"), False)])
@@ -159,6 +199,76 @@ def test_nothing_is_acknowledged_by_a_disk_that_stopped_to_sync(disk: StoreServe
         assert await store.append(session, first.commit, [second]) == "OK"
         assert await steps_of(store, session) == [1, 2]
         assert len(items) == 2
+
+    on(disk.url, DISK, scenario)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+@pytest.mark.parametrize("name", BINARIES)
+def test_a_log_that_is_only_begun_keeps_nothing_yet(tmp_path: Path, name: str, again: bool) -> None:
+    """Until its first rewrite is done a restart has nothing to load, or what was there before the log was off."""
+
+    async def scenario(store: Store) -> None:
+        session, commit = await made(store)
+        item = entry(commit, 1)
+        with server.client() as raw:
+            raw.config_set("appendonly", "no")
+            with pytest.raises(Unconfirmed, match="appendonly is no"):
+                await made(store)
+            begin_slowly(raw)
+            with pytest.raises(Unconfirmed):
+                await store.append(session, commit, [item])
+            finish(raw)
+        assert await store.append(session, commit, [item]) == "OK"
+        server.kill()
+        server.start()
+        assert await steps_of(store, session) == [1]
+
+    options = DURABLE if again else (*VOLATILE, "--appendfsync", "always")
+    with storing(tmp_path, *options, binary=binary(name)) as server:
+        if not again:
+            with server.client() as raw:
+                begin_slowly(raw)
+                with pytest.raises(AckImpossible, match=r"only beginning its log|not synced its log"):
+                    on(server.url, DISK, nothing)
+                finish(raw)
+            server.options = DURABLE
+        on(server.url, DISK, scenario)
+
+
+def begin_slowly(raw: redis.Redis) -> None:
+    """Turns the log on, and what it begins with takes as long as it would with a large data set."""
+    raw.mset({f"{number}": "" for number in range(4000)})
+    raw.config_set("rdb-key-save-delay", 5000)
+    raw.config_set("appendonly", "yes")
+    assert raw.info("persistence")["aof_rewrite_in_progress"]
+
+
+def finish(raw: redis.Redis) -> None:
+    """What was slow is broken off, and done again at once."""
+    raw.config_set("rdb-key-save-delay", 0)
+    raw.delete(*map(str, range(4000)))
+    raw.config_set("appendonly", "no")
+    raw.config_set("appendonly", "yes")
+    until(lambda: not rewriting(raw), "the log is begun")
+
+
+def rewriting(raw: redis.Redis) -> bool:
+    told = raw.info("persistence")
+    return bool(told["aof_rewrite_in_progress"] or told["aof_rewrite_scheduled"])
+
+
+def test_a_log_that_is_rewritten_beside_a_whole_one_goes_on(disk: StoreServer) -> None:
+    """The first rewrite of a log that was begun with the server, and those of a service that comes during another."""
+
+    async def scenario(store: Store) -> None:
+        with disk.client() as raw:
+            raw.mset({f"{number}": "" for number in range(4000)})
+            raw.config_set("rdb-key-save-delay", 5000)
+            raw.bgrewriteaof()
+            await made(store)
+            assert rewriting(raw)
+            raw.config_set("appendonly", "no")  # which ends it
 
     on(disk.url, DISK, scenario)
 
