@@ -12,7 +12,7 @@ from core.recipe import Recipe
 
 def now() -> str:
     """The time as RFC 3339 in UTC, to the microsecond."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return datetime.now(UTC).isoformat(timespec="microseconds").removesuffix("+00:00") + "Z"
 
 
 @dataclass(frozen=True, slots=True)

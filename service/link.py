@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import hiredis
 import structlog
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.connection import Connection, ConnectionPool
@@ -34,6 +35,8 @@ Argument = bytes | memoryview | str | int
 
 # A command heavier than this travels alone, so that a large gradient does not hold up small steps.
 HEAVY = 256 * 1024
+# Arguments from so many bytes on are written from where they lie.
+UNCOPIED = 4096
 # More pipelines at once than this gain nothing: the next one collects what comes meanwhile.
 AT_ONCE = 2
 # So many travel alone at once, each over a connection of its own: a gradient of 1 GB is 256 chunks.
@@ -46,6 +49,8 @@ REDIRECTIONS = 3
 PLACE, MOST_PLACES = "ravine:tried", 1024
 # Seconds without a reply after which the store counts as away. What is heavy may be long on its way.
 TIMEOUT, HEAVY_TIMEOUT = 5.0, 20.0
+# The share of these after which a reply counts as a sign of life.
+FRESH = 0.05
 _AWAY = {"LOADING", "BUSY", "READONLY", "CLUSTERDOWN", "MASTERDOWN", "TRYAGAIN", "NOAUTH", "WRONGPASS", "NOREPLICAS"}
 _FULL = {"OOM", "MISCONF"}
 _SERVER = re.compile(rb"(?:run_id|master_replid):(\w+)")
@@ -200,9 +205,12 @@ class SingleLink:
             async with asyncio.timeout(seconds) as patience:
                 if barrier is None:
                     await connection.send_packed_command(pack(commands), check_health=False)
+                    since = loop.time()
                     for _, reply in batch:
                         await _receive(connection, reply)
-                        patience.reschedule(loop.time() + seconds)
+                        if loop.time() - since > FRESH * seconds:  # each time would cost as much as the reply
+                            since = loop.time()
+                            patience.reschedule(since + seconds)
                 else:
                     patience.reschedule(loop.time() + seconds + barrier.seconds)
                     for (_, reply), value in zip(batch, await _confirmed(connection, commands, barrier), strict=True):
@@ -403,6 +411,9 @@ def pack(commands: Sequence[Sequence[Argument]]) -> list[bytes]:
     pieces: list[Any] = []  # of bytes and memoryviews; redis-py passes both on as they are
     small: list[bytes] = []
     for command in commands:
+        if _weight(command) < UNCOPIED:
+            small.append(hiredis.pack_command(tuple(command)))  # type: ignore[arg-type]
+            continue
         small.append(b"*%d\r\n" % len(command))
         for part in command:
             if isinstance(part, str):
@@ -410,7 +421,7 @@ def pack(commands: Sequence[Sequence[Argument]]) -> list[bytes]:
             elif isinstance(part, int):
                 part = b"%d" % part
             small.append(b"$%d\r\n" % len(part))
-            if len(part) < 4096:
+            if len(part) < UNCOPIED:
                 small.append(bytes(part))
             else:
                 pieces += (b"".join(small), part)
