@@ -22,6 +22,7 @@ from core.layout import Array
 from core.sums import BLOCK
 
 Formula: TypeAlias = Callable[..., Any]
+Empty: TypeAlias = Callable[[int, Any], Array]
 
 # Below this a compiled loop saves microseconds and is not worth two seconds of a core.
 WORTH_COMPILING = 16_384
@@ -55,10 +56,12 @@ class Evaluator:
 
     `on_missing(spec)` is called, once for each, when a kernel would have been of use; the caller arranges for
     `compile(spec)` to run in some other thread. Without Numba, or without `on_missing`, NumPy does it all.
+    `empty(size, dtype)` is where the arrays come from that new parameters are written into.
     """
 
-    def __init__(self, on_missing: Callable[[Spec], None] | None = None) -> None:
+    def __init__(self, on_missing: Callable[[Spec], None] | None = None, empty: Empty = np.empty) -> None:
         self.available = importlib.util.find_spec("numba") is not None
+        self.empty = empty
         self._on_missing = on_missing
         self._kernels: dict[Spec, Callable[..., None]] = {}
         self._asked: set[Spec] = set()

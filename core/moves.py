@@ -136,8 +136,8 @@ class Move:
         if add and held is not None:
             if not fresh:
                 return held
-            return np.empty_like(held) if moving else held.copy()
-        return np.empty(size, self.recipe.numpy_dtype) if moving else self._nothing()
+            return self.evaluator.empty(size, held.dtype) if moving else held.copy()
+        return self.evaluator.empty(size, self.recipe.numpy_dtype) if moving else self._nothing()
 
     def _transform(self) -> bool:
         state = self.state

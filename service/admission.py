@@ -11,6 +11,7 @@ it: what was let in keeps its latency, and memory stays flat. Counts, each with 
   would let whoever sends heads alone shut out all whose bodies come after their heads, as many clients send them.)
   Once the body is there it is in flight again, and refused only where there are twice as many as there may be: what
   took long to send is not thrown away for a moment's rush.
+- Once there were too many in flight, how many there may be depends on how long they wait for their turn (`Throttle`).
 - A request that waits for others (long polls, event streams, `Prefer: wait`) costs nothing meanwhile. It passes from
   the requests to the waits, and stays there to its end: a round may wake thousands at once, and they would otherwise
   shut out the very contributions that the next round waits for.
@@ -21,8 +22,10 @@ it: what was let in keeps its latency, and memory stays flat. Counts, each with 
 Plain numbers, changed on the event loop; only bytes are counted by threads too, and under a lock.
 """
 
+import math
 import resource
 import threading
+import time
 from collections.abc import Callable, MutableMapping
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
@@ -32,6 +35,7 @@ Resource: TypeAlias = Literal["connections", "requests", "waits", "bodies"]
 
 TICKET: Final = "ravine.ticket"  # where a request's ticket is in its scope
 ARRIVED: Final = "ravine.arrived"  # a function there: whether a part of the body is there to be taken
+READY: Final = "ravine.ready"  # a time there, of the loop's clock: when the request was let in, and could be begun
 
 # Where a request is counted.
 _UNCOUNTED, _AT_WORK, _ARRIVING, _WAITING = range(4)
@@ -40,11 +44,17 @@ ALWAYS: Final = frozenset(("/livez", "/readyz", "/metrics"))
 # Open files that are no connections of clients: the store's, the log, libraries, those that are being turned away.
 RESERVED_FILES: Final = 256
 
+LAG: Final = 0.005  # seconds, where nothing else was said
+# A window lasts as many seconds and turns of the loop, at least. One that is so old says nothing of now.
+WINDOW, TURNS, FORGOTTEN = 0.1, 3, 5.0
+FLOOR: Final = 64  # requests in flight that are never too many, however slow the machine
+
 
 class Limits(NamedTuple):
     """Counts, and `bodies` in bytes; the rest in seconds.
 
-    A head must be whole within `head_seconds`; a body may stand still for `stall_seconds`, and so may a reply.
+    A head must be whole within `head_seconds`; a body may stand still for `stall_seconds`, and so may a reply. Once
+    there were more than `requests`, fewer are let in while they wait for the loop for over `lag_seconds`; 0: never.
     """
 
     connections: int = 16_384
@@ -53,6 +63,66 @@ class Limits(NamedTuple):
     bodies: int = 4 << 30
     head_seconds: float = 15.0
     stall_seconds: float = 30.0
+    lag_seconds: float = LAG
+
+
+class Throttle:
+    """How many requests may be in flight: `most`, and fewer once there were more, while they wait long for the loop.
+
+    A crowd that there is room for is let in, however long it waits: a thousand workers that contribute to a round at
+    the same time are done in a fifth of a second, and nothing would be won if most were told to come again. But where
+    it is too large anyway, those who are let in need not wait behind a thousand others. From then on the number follows
+    the wait: down at once to where it would be no more than `lag` seconds, and up by little while it is less (as in
+    AIMD), which finds the number that the loop can take; until it is `most` again.
+
+    A wait that passes is no overload (Nichols & Jacobson 2012, doi:10.1145/2209249.2209264: what counts is the queue
+    that stands). The requests that are read in one turn of the loop are begun in the next, one after the other: how
+    long the last of them waited is how long the turn was, and the shortest of several turns is what stands. A pause of
+    the process makes one turn long, not all. (uvloop's clock stands still within a turn, which tells turns apart.)
+    """
+
+    def __init__(self, most: int, lag: float) -> None:
+        self.limit = most
+        self._most = most
+        self._least = min(most, FLOOR)
+        self._lag = lag
+        self._since = -math.inf  # when the window began
+        self._turns = 0  # of the window
+        self._shortest = math.inf  # of those that are over
+        self._turn = -math.inf  # when the requests of the one under way could have been begun
+        self._waited = math.inf  # the last of them
+        self._refused = False  # somebody was, since the last adjustment
+
+    def refuse(self) -> None:
+        """There were as many as there may be."""
+        self._refused = True
+
+    def saw(self, ready: float, now: float, in_flight: int) -> None:
+        """A request is begun `now` that could have been at the time `ready`, with so many others in flight."""
+        if ready != self._turn:
+            self._shortest = min(self._shortest, self._waited)
+            self._turns += 1
+            self._turn = ready
+            if now - self._since >= WINDOW and self._turns > TURNS:
+                self._adjust(now, in_flight)
+        self._waited = now - ready
+
+    def _adjust(self, now: float, in_flight: int) -> None:
+        if self.forgets(now):
+            pass
+        elif self._shortest <= self._lag:
+            self.limit = min(self._most, self.limit + self.limit // 16 + 1)
+        elif self._refused or self.limit < self._most:
+            share = max(0.5, self._lag / self._shortest)
+            self.limit = max(self._least, int(share * min(self.limit, in_flight)))
+        self._since, self._turns, self._shortest, self._refused = now, 0, math.inf, False
+
+    def forgets(self, now: float) -> bool:
+        """Whether nothing was seen for so long that the limit is `most` again."""
+        if now - self._since <= FORGOTTEN:
+            return False
+        self.limit, self._since = self._most, now
+        return True
 
 
 class Admission:
@@ -60,21 +130,30 @@ class Admission:
 
     def __init__(self, limits: Limits = Limits()) -> None:  # noqa: B008 (a tuple)
         self.limits = limits
+        self.throttle = Throttle(limits.requests, limits.lag_seconds) if limits.lag_seconds else None
         self.connections = 0
         self.requests = 0
         self.arrivals = 0
         self.waits = 0
         self.bodies = 0
+        self.begun = 0  # requests that the loop has been given, and has not come to yet
         self.queued = 0  # requests that were pipelined behind one in flight
         self.refused: dict[Resource, int] = {"connections": 0, "requests": 0, "waits": 0, "bodies": 0}
         self.cut = dict.fromkeys(("malformed", "head", "slow head", "pipelined", "stalled reply"), 0)
         self.counting = threading.Lock()  # of bytes
+        # Told of each request that is refused before it is begun; gives the id that its reply has.
+        self.told: Callable[[MutableMapping[str, Any]], bytes] = lambda _: b"-"
 
     def enter(self, scope: MutableMapping[str, Any]) -> "Ticket":
         """A ticket for the request, which is put into its scope. Raises Overloaded."""
+        ready: float | None = scope.pop(READY, None)
+        if ready is not None:
+            self.begun -= 1
+            if self.throttle is not None:
+                self.throttle.saw(ready, time.monotonic(), self.requests + self.begun)
         if scope["path"] in ALWAYS:
             ticket = Ticket(self, _UNCOUNTED)
-        elif self.requests < self.limits.requests:
+        elif self.requests < (self.limit if ready is None else self.limits.requests):
             self.requests += 1
             ticket = Ticket(self, _AT_WORK)
         else:
@@ -82,9 +161,25 @@ class Admission:
         scope[TICKET] = ticket
         return ticket
 
+    @property
+    def full(self) -> bool:
+        """Whether one request more would be refused, as far as can be said before it is begun."""
+        under_way = self.requests + self.begun
+        if under_way < self.limit:
+            return False
+        # Where all that are in flight take long, none is begun, and nothing seen.
+        return self.throttle is None or not self.throttle.forgets(time.monotonic()) or under_way >= self.limit
+
+    @property
+    def limit(self) -> int:
+        """How many requests may be in flight now."""
+        return self.limits.requests if self.throttle is None else self.throttle.limit
+
     def overloaded(self, what: Resource) -> Overloaded:
         """Counts the refusal, and gives what is to be raised."""
         self.refused[what] += 1
+        if what == "requests" and self.throttle is not None:
+            self.throttle.refuse()
         return Overloaded(what)
 
 

@@ -36,6 +36,7 @@ from service.metrics import Metrics
 from service.operations import OPERATIONS, PAGES
 from service.problem_table import PROBLEMS
 from service.problems import HTTPError, refused_as
+from service.recycling import blocks
 from service.replies import refusal
 from service.settings import Settings
 from service.store import Store
@@ -56,11 +57,12 @@ class App:
         self.settings = settings
         self.exit_code = 1  # of a start that failed
         self.admission = Admission(_limits(settings))
+        self.admission.told = self._turned_away
         self._access = AccessLog(settings.log_format)
         self._embedded: Embedded | None = None
         if not settings.redis_url:
             self._embedded = Embedded(settings.data, settings.embedded_durability, on_progress=_tell)
-        self._keepers: list[asyncio.Task[None]] = []  # of the embedded store
+        self._keepers: list[asyncio.Task[None]] = []  # of the embedded store, and of memory
         self._lifespan_task: asyncio.Task[None] | None = None
         self._store: Store | None = None
         self._engine: Engine | None = None
@@ -92,11 +94,12 @@ class App:
         if self._embedded is not None:
             await self._embedded.start()
             self._keepers = [asyncio.create_task(each()) for each in (self._embedded.watch, self._embedded.flush)]
+        self._keepers.append(asyncio.create_task(blocks.keep_tidy()))
         url = self.settings.redis_url or (self._embedded.url if self._embedded else "")
         asked = Asked(self.settings.ack, self.settings.ack_replicas)
         self._store = Store(url, failpoints=self._failpoints, asked=asked)
         await self._open(self._store)
-        evaluator = Evaluator(self._compile if self.settings.jit else None)
+        evaluator = Evaluator(self._compile if self.settings.jit else None, blocks.empty)
         budget, max_state = self.settings.memory, self.settings.max_state
         quota = Quota(self.settings.max_sessions, self.settings.max_tenant_state)
         self._engine = Engine(self._store, evaluator, schemas.document_of, budget, max_state, quota)
@@ -123,6 +126,7 @@ class App:
         let_in = self.admission
         metrics.gauge("ravine_http_connections", "Connections of clients.", lambda: let_in.connections)
         metrics.gauge("ravine_http_requests_in_flight", "Requests at work, not waiting.", lambda: let_in.requests)
+        metrics.gauge("ravine_http_requests_limit", "How many of these may be at work now.", lambda: let_in.limit)
         metrics.gauge("ravine_http_arrivals", "Requests whose bodies are waited for.", lambda: let_in.arrivals)
         metrics.gauge("ravine_http_waits", "Long polls, event streams and waits for a round.", lambda: let_in.waits)
         metrics.gauge("ravine_http_body_bytes", "Bytes of bodies held for requests.", lambda: let_in.bodies)
@@ -277,6 +281,14 @@ class App:
             self._requests.end(scope["method"], scope["path"], status, seconds)
             self._access.write(scope["method"], scope["path"], status, seconds, id_)
 
+    def _turned_away(self, scope: Scope) -> bytes:
+        """By the protocol, for there is too much to do: counted, and in the log. Gives the id that is told with it."""
+        id_ = _request_id(scope)
+        self._requests.refuse("overloaded")
+        self._requests.end(scope["method"], scope["path"], 503, 0.0)
+        self._access.write(scope["method"], scope["path"], 503, 0.0, id_)
+        return id_.encode()
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Past the gate, to the plane whose call it is."""
         assert self._gate is not None
@@ -308,6 +320,7 @@ def _limits(settings: Settings) -> Limits:
         max(settings.max_bodies, 2 * settings.max_body),  # one at its largest, as sent and as inflated
         settings.header_seconds,
         settings.stall_seconds,
+        settings.lag_seconds,
     )
 
 

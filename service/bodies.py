@@ -21,6 +21,7 @@ import numpy as np
 from service.admission import ARRIVED, TICKET, Ticket
 from service.errors import UnsupportedMedia
 from service.problems import RequestTimeout
+from service.recycling import blocks
 from service.wire.errors import BodyTooLarge
 from service.wire.inflate import ENCODINGS, Body, inflate
 
@@ -158,14 +159,14 @@ async def _in_time(pieces: Pieces, length: int | None) -> Body:
 
 
 async def _fill(length: int, pieces: Pieces) -> Body:
-    """A body whose length is known, in one buffer of that size; np.empty does not clear what is overwritten."""
+    """A body whose length is known, in one buffer of that size, which is not cleared before it is overwritten."""
     first: bytes | bytearray = pieces.begun
     pieces.begun = b""
     if length > FIRM:
         first = bytearray(first)
         while pieces.more and pieces.size < FIRM:
             first += await pieces.next()
-    room = np.empty(length + _CACHE_LINE, np.uint8)
+    room = blocks.empty(length + _CACHE_LINE, np.uint8)
     start = -room.ctypes.data % _CACHE_LINE
     view = room[start : start + length].data
     end = len(first)

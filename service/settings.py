@@ -96,6 +96,12 @@ class Settings(BaseSettings):
     )
     max_connections: int = Field(16_384, ge=1, description="Connections held at once; beyond, 503 and closed.")
     max_requests: int = Field(1024, ge=1, description="Requests in flight at once, but those that wait; beyond, 503.")
+    lag_seconds: float = Field(
+        0.005,
+        ge=0,
+        description="Seconds that requests may wait for their turn once there were more than max_requests: while they "
+        "wait longer, fewer are let in. 0: as many always.",
+    )
     max_waits: int = Field(8192, ge=1, description="Long polls, event streams and waits for rounds at once.")
     max_bodies: Bytes = Field(
         4 * 2**30, description="Bodies under way, all together, as far as they have come; never less than two largest."

@@ -46,6 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "service.pages": set(),
     "service.bell": set(),
     "service.memory": set(),
+    "service.recycling": CORE,
     "service.privacy": set(),
     "service.valkey": set(),
     "service.embedded": {"service.errors", "service.valkey"},
@@ -106,7 +107,7 @@ LAYERS: dict[str, set[str]] = {
     | {"service.errors", "service.documents", "service.live", "service.records", "service.store", "service.privacy"}
     | {"service.answers", "service.changes", "service.entries", "service.deadlines", "service.tracing"}
     | {"service.heads"},
-    "service.objects": {"service.documents", "service.records"},
+    "service.objects": {"service.documents", "service.errors", "service.records"},
     "service.engine": CORE
     | WIRE
     | {"service.errors", "service.documents", "service.ids", "service.index", "service.live", "service.records"}
@@ -117,7 +118,7 @@ LAYERS: dict[str, set[str]] = {
     "service.problem_table": set(),
     "service.problems": CORE | WIRE | {"service.errors", "service.pages", "service.problem_table"},
     "service.admission": {"service.errors"},
-    "service.bodies": WIRE | {"service.admission", "service.errors", "service.problems"},
+    "service.bodies": WIRE | {"service.admission", "service.errors", "service.problems", "service.recycling"},
     "service.outlet": {"service.admission"},
     "service.protocol": {"service.admission", "service.outlet", "service.problems"},
     "service.http": WIRE
@@ -188,7 +189,8 @@ LAYERS: dict[str, set[str]] = {
         *("service.inspection", "service.records", "service.settings", "service.store"),
     },
     "service.commands.opened": {
-        *("service.embedded", "service.errors", "service.settings", "service.store", "service.valkey")
+        *("service.acks", "service.embedded", "service.errors", "service.logs", "service.settings", "service.store"),
+        "service.valkey",
     },
     "service.__main__": {"service.cli"},
 }
