@@ -1,4 +1,4 @@
-"""Clients in a closed loop, each with one request under way: what O1 measures the service with.
+"""Clients in a closed loop, each with one request under way: the rate that O1 takes for what can be carried.
 
     python -m benchmarks.closed_loop URL CLIENTS SECONDS BODY PATH…
 

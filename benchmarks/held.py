@@ -2,10 +2,16 @@
 
 The same load as S1, alone and beside the others (`others.py`), in turns on one server. What is compared is the 99th
 percentile of the latency: whoever is slow or silent may cost memory, but must not cost those who work their time.
+
+What is measured is what it costs to hold them, so the load begins when the service has answered the idle ones, holds
+them all, and has nothing left to do. (When the others have connected, it has yet to take half of them out of the
+kernel's queue, which takes a second and is another thing.) The others must not take the processors that the service
+needs: what they use is told, and how idle the machine was meanwhile.
 """
 
 import contextlib
 import json
+import os
 import re
 import select
 import shutil
@@ -15,6 +21,7 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks import processes
 from benchmarks.measure import Comparison, Plan, Result, Row, Sample, Unmeasured, alternate, one_by_one
@@ -22,7 +29,7 @@ from benchmarks.processes import Server, call
 from benchmarks.small_steps import SESSIONS, SIZE, WARM_SECONDS, Load
 
 IDLE, SLOW = 5_000, 500
-HELD_SECONDS = 60.0
+HELD_SECONDS = 90.0
 # Of the others, some are just being made anew when they are counted.
 LEAST_HELD = 0.95
 
@@ -39,7 +46,7 @@ ROWS = (
     ),
 )
 
-_FIGURES = re.compile(r"figures held=(\d+) made=(\d+)")
+_FIGURES = re.compile(r"figures held=(\d+) made=(\d+) anew=(\d+) cpu=(\S+)")
 
 
 def run(rows: Collection[str], plan: Plan) -> Iterator[Result]:
@@ -81,19 +88,25 @@ class Stepping:
     slow: int = 0
 
     def turn(self) -> Sample:
-        with _others(self.load.server, self.load.paths[0], self.idle, self.slow) as held:
+        server = self.load.server
+        with _others(server, self.load.paths[0], self.idle, self.slow) as told:
+            server.settle()
+            before, idle_before = server.usage(), _idle_seconds()
             requests, seconds, p50, p99 = self.load.send(self.load.seconds)
-        self.load.server.settle()
-        beside = {"p50 ms": p50, "requests/s": requests / seconds}
-        if held:
-            beside |= {"others held": held[0], "of them made anew": held[1] - held[0]}
-        return Sample(p99, beside)
+            busy = server.usage().server - before.server
+            idle = _idle_seconds() - idle_before
+            if (held := _connections(server)) < LEAST_HELD * (self.idle + self.slow):
+                raise Unmeasured(f"the service holds {held:g} connections, and not {self.idle + self.slow}")
+        server.settle()
+        beside = {"p50 ms": p50, "requests/s": requests / seconds, "server busy, %": 100 * busy / seconds}
+        beside["idle, % of all cores"] = 100 * idle / seconds / (os.cpu_count() or 1)
+        return Sample(p99, beside | told)
 
 
 @contextlib.contextmanager
-def _others(server: Server, path: str, idle: int, slow: int) -> Iterator[list[int]]:
-    """Gives a list that has, afterwards, how many others there were, and how many connections they made."""
-    told: list[int] = []
+def _others(server: Server, path: str, idle: int, slow: int) -> Iterator[dict[str, float]]:
+    """Gives what has, afterwards, the figures that the others tell of themselves."""
+    told: dict[str, float] = {}
     if not idle and not slow:
         yield told
         return
@@ -101,7 +114,9 @@ def _others(server: Server, path: str, idle: int, slow: int) -> Iterator[list[in
     process = subprocess.Popen(command, cwd=processes.ROOT, stdout=subprocess.PIPE, text=True)
     try:
         _await_held(process)
+        since = time.monotonic()
         yield told
+        seconds = time.monotonic() - since
         process.terminate()
         said = process.communicate(timeout=HELD_SECONDS)[0]
     finally:
@@ -110,7 +125,21 @@ def _others(server: Server, path: str, idle: int, slow: int) -> Iterator[list[in
     found = _FIGURES.search(said)
     if found is None or int(found[1]) < LEAST_HELD * (idle + slow):
         raise Unmeasured(f"of {idle + slow} others not all were held: {said.strip()}")
-    told += map(int, found.groups())
+    told["others held"] = float(found[1])
+    told["others made anew a second"] = float(found[3]) / seconds
+    told["others' CPU, % of a core"] = 100 * float(found[4]) / seconds
+
+
+def _connections(server: Server) -> float:
+    """As the service counts them."""
+    found = re.search(rb"^ravine_http_connections (\S+)$", call(server.url, "GET", "/metrics"), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+def _idle_seconds() -> float:
+    """Of all cores together, since the machine started (proc(5))."""
+    fields = Path("/proc/stat").read_text().split(maxsplit=6)
+    return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
 
 def _await_held(process: "subprocess.Popen[str]") -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
+from service.admission import FLOOR
 from tests.http.refusals import refused, unchanged
 from tests.http.sockets import await_listeners, connected, head_of, reply_on
 from tests.running import Server, serving
@@ -116,6 +117,120 @@ def test_requests_beyond_the_limit_are_refused_and_the_others_go_on(
         narrow.valkey("CLIENT", "UNPAUSE")
         assert [reply_on(connection)[0] for connection in connections] == [200] * REQUESTS
     assert client.get(f"/v1/sessions/{session}").json()["step"] == REQUESTS
+
+
+def test_what_is_refused_before_it_is_begun_is_told_and_counted_like_any_other(
+    narrow: Server, client: httpx.Client, session: str
+) -> None:
+    """A request that came whole is refused by the protocol."""
+
+    def told() -> tuple[float, float, float]:
+        page = client.get("/metrics").text
+        patterns = (
+            r'^ravine_overloaded_total\{of="requests"\} (\S+)$',
+            r'^ravine_http_refused_total\{problem="overloaded"\} (\S+)$',
+            r'^ravine_http_requests_total\{method="GET",route="/v1/optimizers/{kind}",status="5xx"\} (\S+)$',
+        )
+        found = [re.search(pattern, page, re.MULTILINE) for pattern in patterns]
+        return tuple(float(each[1]) if each else 0.0 for each in found)  # type: ignore[return-value]
+
+    path = "/v1/optimizers/adam?x=1"
+    with full(narrow, session):
+        before = told()
+        for _ in range(3):
+            reply = client.get(path, headers={"X-Request-Id": "mine"})
+            assert refused(reply, 503, "overloaded")["instance"] == "/v1/optimizers/adam"
+            assert reply.headers["x-request-id"] == "mine"
+            assert "date" in reply.headers
+        assert [after - earlier for earlier, after in zip(before, told(), strict=True)] == [3, 3, 3]
+    eventually(lambda: narrow.log.read_text().count("request_id=mine") == 3)
+
+
+def test_and_keeps_its_place_among_those_sent_ahead(narrow: Server, session: str) -> None:
+    """On one connection, in one piece: one that is refused, one that never is, one that has no body, and the last."""
+    lines = ("GET /v1/optimizers/adam", "GET /livez", "HEAD /v1/optimizers/adam", "GET /livez")
+    requests = [f"{line} HTTP/1.1\r\nHost: localhost\r\n" for line in lines]
+    with full(narrow, session), connected(narrow) as connection:
+        connection.sendall(("\r\n".join(requests) + "Connection: close\r\n\r\n").encode())
+        said = b""
+        while piece := connection.recv(65536):
+            said += piece
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", said) == [b"503", b"200", b"503", b"200"]
+    assert said.count(b'"overloaded"') + said.count(b"/problems/overloaded") == 1
+
+
+def test_one_that_ends_its_connection_is_told_and_closed(narrow: Server, session: str) -> None:
+    with full(narrow, session), connected(narrow) as connection:
+        connection.sendall(b"GET /v1/optimizers/adam HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        status, headers, _ = reply_on(connection)
+        assert (status, headers["connection"]) == (503, "close")
+        assert connection.recv(1) == b""
+
+
+def test_what_cannot_be_read_is_told_so_whether_or_not_there_is_room(narrow: Server, session: str) -> None:
+    with full(narrow, session), connected(narrow) as connection:
+        head = f"POST /v1/sessions/{session}/steps HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode() + b"nonsense\r\n")
+        status, headers, _ = reply_on(connection)
+        assert (status, headers["connection"]) == (400, "close")
+
+
+# -- waiting for the loop ----------------------------------------------------------------------------------------------
+
+ALL, CROWD = 80, 100
+
+
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A service to which any wait is too long, once there were more than ALL."""
+    settings = {"RAVINE_LAG_SECONDS": "1e-9", "RAVINE_MAX_REQUESTS": str(ALL), "RAVINE_JIT": "false"}
+    with serving(tmp_path_factory.mktemp("impatient") / "data", environment=settings) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def crowd(server: Server, session: str, size: int) -> Iterator[list[socket.socket]]:
+    """So many steps are sent, while the store takes none."""
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connected(server)) for _ in range(size)]
+        server.valkey("CLIENT", "PAUSE", "60000", "WRITE")
+        stack.callback(server.valkey, "CLIENT", "UNPAUSE")
+        for connection in connections:
+            begun(connection, session, len(STEP), STEP)
+        yield connections
+
+
+def refusals(connections: list[socket.socket], least: int) -> list[socket.socket]:
+    """Those that are told so, `least` or more, before the store takes writes again."""
+    eventually(lambda: len(select.select(connections, [], [], 0)[0]) >= least)
+    early = select.select(connections, [], [], 0)[0]
+    for connection in early:
+        status, document = answered(reply_on(connection))
+        assert (status, document["resource"]) == (503, "requests")
+    return early
+
+
+def room(server: Server) -> float:
+    found = re.search(r"^ravine_http_requests_limit (\S+)$", httpx.get(f"{server.url}/metrics").text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_a_crowd_that_was_too_large_has_fewer_let_in_while_they_wait_too_long(impatient: Server) -> None:
+    """As many as there may be; then, after some were refused, as many as are never too many."""
+    with impatient.client() as client:
+        session = create(client, optimizer="sgd", params={"w": [1.0, 2.0]})["id"]
+        assert {room(impatient) for _ in range(20)} == {ALL}, "whatever the wait: nobody was refused"
+        done = 0
+        for most in (ALL, FLOOR):
+            eventually(lambda most=most: room(impatient) == most)  # type: ignore[misc]
+            with crowd(impatient, session, CROWD) as connections:
+                early = refusals(connections, CROWD - most)
+                impatient.valkey("CLIENT", "UNPAUSE")
+                assert {reply_on(connection)[0] for connection in connections if connection not in early} == {200}
+            done += CROWD - len(early)
+            assert client.get(f"/v1/sessions/{session}").json()["step"] == done == (ALL if most == ALL else ALL + FLOOR)
+        assert {probe(impatient) for _ in range(50)} == {200}, "few are never too many"
 
 
 def test_a_refused_request_leaves_its_connection_usable_where_its_body_is_short(narrow: Server, session: str) -> None:
