@@ -403,7 +403,7 @@ def _key_of(command: Sequence[Argument]) -> str:
 
 
 def _weight(command: Sequence[Argument]) -> int:
-    return sum(len(part) for part in command if isinstance(part, bytes | memoryview))
+    return sum([len(part) for part in command if type(part) is bytes or type(part) is memoryview])
 
 
 def pack(commands: Sequence[Sequence[Argument]]) -> list[bytes]:

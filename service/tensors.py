@@ -81,6 +81,8 @@ def tensors_of(contribution: Contribution, gradient: Gradient) -> dict[str, Arra
     """
     arrays = [*gradient.dense, *((slot, rows.values) for slot, rows in gradient.rows)]
     dtype = arrays[0][1].dtype if arrays else np.dtype(np.float64)
+    # What came from nobody in particular was cast, and nothing else done to it, when it was checked.
+    known = {slot.name: array for slot, array in gradient.dense} if gradient.sender is None else {}
     tensors: dict[str, Array] = {}
     for name, sent in contribution.gradients.items():
         if isinstance(sent, Rows):
@@ -89,6 +91,8 @@ def tensors_of(contribution: Contribution, gradient: Gradient) -> dict[str, Arra
         elif isinstance(sent, Places):
             tensors[f"{name}:positions"] = sent.positions
             tensors |= _numbers_of(name, f"{name}:values", sent.values, dtype)
+        elif name in known and not isinstance(sent, Quantized) and sent.dtype.itemsize > dtype.itemsize:
+            tensors[name] = known[name].reshape(sent.shape)
         else:
             tensors |= _numbers_of(name, name, sent, dtype)
     if contribution.params is not None:

@@ -5,9 +5,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from core.aggregation.ledger import Sender
 from core.compression import Places, Quantized
 from core.contributions import Contribution, Gradient, Payload
+from core.evaluate import Evaluator
 from core.layout import Layout, Rows, Sent, Slot
+from core.optimizers.adam import Adam
+from core.recipe import Recipe
+from core.session import Session
 from service.contributions import PAYLOADS, members_of_query, of_json, of_safetensors
 from service.errors import InvalidRequest
 from service.tensors import of_tensors, tensors_of
@@ -150,9 +155,21 @@ FORMS: dict[str, tuple[Any, Any]] = {
 
 
 def checked(dtype: str) -> Gradient:
-    """Of `tensors_of` it tells the dtype alone: what came is logged, not what the session made of it."""
+    """Of somebody's it tells the dtype alone: what came is logged, not what the session made of it."""
     slot = Slot("w", (2, 2), 0, 4)
-    return Gradient([(slot, np.full(4, 9, dtype))], [], None, None, {}, None, 0.0)
+    return Gradient([(slot, np.full(4, 9, dtype))], [], None, None, {}, None, 0.0, Sender("a"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_gradient_is_logged_as_it_was_cast_when_it_was_checked(dtype: str) -> None:
+    numbers = {"w": [[0.1, -2.5], [1e-30, 3.0]], "b": [1 / 3]}
+    recipe = Recipe(Adam(), Layout({"b": [1], "w": [2, 2]}), dtype=dtype)  # type: ignore[arg-type]
+    contribution = json_of(gradients=numbers)
+    logged = tensors_of(contribution, Session.new(recipe, None, Evaluator()).check(contribution))  # type: ignore[arg-type]
+    assert list(logged) == ["w", "b"]
+    for name, array in logged.items():
+        expected = np.array(numbers[name], dtype)
+        assert (array.dtype, array.shape, array.tobytes()) == (expected.dtype, expected.shape, expected.tobytes())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
