@@ -237,15 +237,22 @@ class Ticket:
 
     def claim(self, size: int) -> None:
         """`size` bytes more are held for this request. Raises Overloaded. In any thread."""
+        if self.claimed(size):
+            return
+        if self._left:  # a thread that inflates goes on when its request is given up; it ends here
+            raise Overloaded("bodies")
+        raise self._admission.overloaded("bodies")
+
+    def claimed(self, size: int) -> bool:
+        """The same, where there is room for them."""
         admission = self._admission
         self._claims = True  # before it is looked whether it has left, as `leave` does the other way round
         with admission.counting:
-            if self._left:  # a thread that inflates goes on when its request is given up; it ends here
-                raise Overloaded("bodies")
-            if admission.bodies + size > admission.limits.bodies:
-                raise admission.overloaded("bodies")
+            if self._left or admission.bodies + size > admission.limits.bodies:
+                return False
             admission.bodies += size
             self._held += size
+            return True
 
     def release(self) -> None:
         """The body is no longer held, though the request goes on."""

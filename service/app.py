@@ -94,6 +94,7 @@ class App:
         if self._embedded is not None:
             await self._embedded.start()
             self._keepers = [asyncio.create_task(each()) for each in (self._embedded.watch, self._embedded.flush)]
+        blocks.most = self.settings.max_bodies // 4
         self._keepers.append(asyncio.create_task(blocks.keep_tidy()))
         url = self.settings.redis_url or (self._embedded.url if self._embedded else "")
         asked = Asked(self.settings.ack, self.settings.ack_replicas)

@@ -16,8 +16,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
-import numpy as np
-
+from core.layout import Array
 from service.admission import ARRIVED, TICKET, Ticket
 from service.errors import UnsupportedMedia
 from service.problems import RequestTimeout
@@ -35,7 +34,6 @@ SLOWEST: Final = 64 << 10  # bytes a second
 FIRM: Final = 512 << 10
 HUGE: Final = 2 << 20
 _LOOK: Final = 256 << 10  # bytes after which the deadline is moved, at the latest
-_CACHE_LINE: Final = 64
 
 
 class ClientGone(Exception):
@@ -136,6 +134,13 @@ class Pieces:
             self.ticket.claim(size - self._claimed)
         self._claimed = size
 
+    def claim_all(self, length: int) -> bool:
+        """Whether there is room for all of a body that is announced, which is counted then."""
+        if self.ticket is not None and not self.ticket.claimed(max(0, length - self._claimed)):
+            return False
+        self._claimed = max(length, self._claimed)
+        return True
+
     def _move_on(self, timeout: asyncio.Timeout) -> None:
         begun = timeout.when()
         if begun is not None and not timeout.expired():
@@ -166,9 +171,7 @@ async def _fill(length: int, pieces: Pieces) -> Body:
         first = bytearray(first)
         while pieces.more and pieces.size < FIRM:
             first += await pieces.next()
-    room = blocks.empty(length + _CACHE_LINE, np.uint8)
-    start = -room.ctypes.data % _CACHE_LINE
-    view = room[start : start + length].data
+    view = _room(length, pieces).data
     end = len(first)
     view[:end] = first
     del first
@@ -177,6 +180,12 @@ async def _fill(length: int, pieces: Pieces) -> Body:
         begin, end = end, end + len(piece)
         view[begin:end] = piece
     return view[:end]
+
+
+def _room(length: int, pieces: Pieces) -> Array:
+    """What was in use before takes all of its memory from now on, whatever comes: it is counted now, or not taken."""
+    again = blocks.again(length)
+    return again if again is not None and pieces.claim_all(length) else blocks.fresh(length)
 
 
 async def _grow(pieces: Pieces) -> bytearray:

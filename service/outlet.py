@@ -279,8 +279,11 @@ def outlet_of(connection: Connection, transport: asyncio.Transport, *, counted: 
 
 def queued(transport: asyncio.Transport) -> int:
     """Bytes that the kernel has and the client's has not acknowledged (SIOCOUTQ, tcp(7)); 0 where it does not say."""
+    socket = transport.get_extra_info("socket")
+    if socket is None:  # under TLS it is lost a turn before anybody is told
+        return 0
     try:
-        found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        found = fcntl.ioctl(socket.fileno(), termios.TIOCOUTQ, bytes(4))
     except OSError:
         return 0
     count: int = struct.unpack("i", found)[0]

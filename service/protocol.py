@@ -152,10 +152,11 @@ class Guarded(HttpToolsProtocol):
                     data = self._without_upgrade() + data[upgrade.args[0] :]
         except httptools.HttpParserError:
             self._decide()
-            self._misread(self._fault or MalformedRequest())
+            if not (outlet.deaf or outlet.is_closing()):
+                self._misread(self._fault or MalformedRequest())
             return
         self._decide()
-        if self._at != _BETWEEN:
+        if self._at != _BETWEEN and not (outlet.deaf or outlet.is_closing()):  # after a refusal nothing more is read
             self._go_on(size)
 
     def _without_upgrade(self) -> bytes:
@@ -351,8 +352,8 @@ class Guarded(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        if self._reading:
-            if self.admission.full and cycle.scope["path"] not in ALWAYS:
+        if self._reading and cycle.scope["path"] not in ALWAYS:  # those take no places
+            if self.admission.full:
                 self._undecided = partial(super()._start_asgi_task, cycle, app)
                 return
             cycle.scope[READY] = self.loop.time()  # type: ignore[typeddict-unknown-key]

@@ -20,15 +20,17 @@ from core.layout import Array
 
 # Smaller arrays come out of the C library's heap, where pages stay.
 LEAST = 1 << 20
-# A block is used for no less than four fifths of it.
-SLACK = 4
+# What is taken for a body, which goes, may be larger than it by a quarter; for parameters, which stay, by less: all of
+# a block that was used before is in memory, whatever is asked of it.
+OF_BODIES, OF_PARAMETERS = 4, 32
 _ALIGNED = 64  # bytes: a cache line, and the widest vector
 
 
 class Blocks:
     """Safe in threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self.most = most  # bytes that may be free, whenever more are taken
         self._kept: list[Array] = []
         self._free_before: set[int] = set()
         self._lock = threading.Lock()
@@ -39,18 +41,38 @@ class Blocks:
         wanted = size * dtype.itemsize
         if wanted < LEAST:
             return np.empty(size, dtype)
-        with self._lock:
-            block = self._free_one(wanted + _ALIGNED)
-            start = -block.ctypes.data % _ALIGNED
-            return block[start : start + wanted].view(dtype)
+        again = self.again(wanted, OF_PARAMETERS)
+        return (self.fresh(wanted) if again is None else again).view(dtype)
 
-    def _free_one(self, size: int) -> Array:
-        for block in self._kept:
-            if size <= block.size <= size + size // SLACK and sys.getrefcount(block) == _ALONE:
-                return block
-        block = np.empty(size, np.uint8)
-        self._kept.append(block)
-        return block
+    def again(self, size: int, slack: int = OF_BODIES) -> Array | None:
+        """So many bytes that were in use before, and are in memory therefore; None: there are none."""
+        if size < LEAST:
+            return None
+        wanted = size + _ALIGNED
+        with self._lock:
+            for block in self._kept:
+                if wanted <= block.size <= wanted + wanted // slack and sys.getrefcount(block) == _ALONE:
+                    return _aligned(block, size)
+        return None
+
+    def fresh(self, size: int) -> Array:
+        """So many bytes that take no memory before they are written to."""
+        block = np.empty(size + _ALIGNED, np.uint8)
+        if size >= LEAST:
+            with self._lock:
+                self._bound()
+                self._kept.append(block)
+        return _aligned(block, size)
+
+    def _bound(self) -> None:
+        """Gives back those that are free beyond `most`: bodies that are refused would come faster than `tidy`."""
+        left, kept = self.most, []
+        for block in reversed(self._kept):
+            free = sys.getrefcount(block) == _ALONE
+            left -= block.size * free
+            if left >= 0 or not free:
+                kept.append(block)
+        self._kept = kept[::-1]
 
     def tidy(self) -> None:
         """Gives back what was free the last time too. To be called every now and then."""
@@ -71,6 +93,11 @@ class Blocks:
         return sum(block.size for block in self._kept)
 
 
+def _aligned(block: Array, size: int) -> Array:
+    start = -block.ctypes.data % _ALIGNED
+    return block[start : start + size]
+
+
 def _references() -> int:
     """What getrefcount says in a loop over a list of an object that this list alone refers to."""
     for one in [object()]:
@@ -81,4 +108,4 @@ def _references() -> int:
 _ALONE = _references()
 
 # One for the process: bodies come before it is known whose they are.
-blocks = Blocks()
+blocks = Blocks(256 << 20)

@@ -118,7 +118,7 @@ LAYERS: dict[str, set[str]] = {
     "service.problem_table": set(),
     "service.problems": CORE | WIRE | {"service.errors", "service.pages", "service.problem_table"},
     "service.admission": {"service.errors"},
-    "service.bodies": WIRE | {"service.admission", "service.errors", "service.problems", "service.recycling"},
+    "service.bodies": CORE | WIRE | {"service.admission", "service.errors", "service.problems", "service.recycling"},
     "service.outlet": {"service.admission"},
     "service.protocol": {"service.admission", "service.outlet", "service.problems"},
     "service.http": WIRE

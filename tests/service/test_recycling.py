@@ -17,14 +17,14 @@ def address(array: Any) -> int:
 
 
 def test_what_nobody_sees_any_more_is_used_again() -> None:
-    blocks = Blocks()
+    blocks = Blocks(1 << 30)
     first = blocks.empty(MILLION, np.float32)
     where = address(first)
     assert (first.shape, first.dtype, where % 64) == ((MILLION,), np.float32, 0)
     del first
     assert address(blocks.empty(MILLION, np.float32)) == where
     assert address(blocks.empty(4 * MILLION, np.uint8)) == where  # whatever it holds
-    assert address(blocks.empty(MILLION - 50_000, np.float32)) == where
+    assert address(blocks.again(4 * MILLION - 500_000)) == where
     assert blocks.size < 4 * MILLION + 1000
 
 
@@ -40,7 +40,7 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_what_somebody_sees_is_let_alone(holder: str) -> None:
-    blocks = Blocks()
+    blocks = Blocks(1 << 30)
     first = blocks.empty(MILLION, np.float32)
     first[:] = 1.0
     where, held = address(first), HOLDERS[holder](first)
@@ -58,7 +58,7 @@ def test_what_somebody_sees_is_let_alone(holder: str) -> None:
 
 
 def test_it_is_given_back_when_it_was_not_in_use_for_two_turns() -> None:
-    blocks = Blocks()
+    blocks = Blocks(1 << 30)
     kept, gone = blocks.empty(MILLION, np.float32), blocks.empty(2 * MILLION, np.float32)
     both = blocks.size
     del gone
@@ -73,15 +73,19 @@ def test_it_is_given_back_when_it_was_not_in_use_for_two_turns() -> None:
 
 
 def test_small_arrays_and_much_larger_blocks_are_not_taken() -> None:
-    blocks = Blocks()
+    blocks = Blocks(1 << 30)
     blocks.empty(LEAST // 4 - 1, np.float32)
     assert blocks.size == 0
     where = address(blocks.empty(4 * MILLION, np.float32))
-    assert address(blocks.empty(MILLION, np.float32)) != where
+    assert blocks.again(4 * MILLION) is None
+    assert blocks.again(LEAST - 1) is None
+    # What stays for long takes no block that is larger by an eighth; what goes soon does.
+    assert address(blocks.empty(MILLION * 7 // 2, np.float32)) != where
+    assert address(blocks.again(14 * MILLION)) == where
 
 
 def test_threads_never_share_one() -> None:
-    blocks, wrong = Blocks(), []
+    blocks, wrong = Blocks(1 << 30), []
 
     def work(mark: int) -> None:
         for _ in range(150):
@@ -98,3 +102,14 @@ def test_threads_never_share_one() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_no_more_is_free_than_may_be_when_more_is_taken() -> None:
+    blocks = Blocks(9 * MILLION)
+    several = [blocks.fresh(4 * MILLION) for _ in range(5)]
+    kept = several[1]
+    del several
+    assert blocks.size > 20 * MILLION
+    fresh = blocks.fresh(4 * MILLION)
+    assert 4 * MILLION * 4 <= blocks.size < 4 * MILLION * 4 + 1000  # two that are free, one that is not, the new one
+    assert not np.shares_memory(kept, fresh)
