@@ -20,7 +20,7 @@ from core.layout import Array
 from service.admission import ARRIVED, TICKET, Ticket
 from service.errors import UnsupportedMedia
 from service.problems import RequestTimeout
-from service.recycling import blocks
+from service.recycling import blocks, fresh
 from service.wire.errors import BodyTooLarge
 from service.wire.inflate import ENCODINGS, Body, inflate
 
@@ -171,7 +171,8 @@ async def _fill(length: int, pieces: Pieces) -> Body:
         first = bytearray(first)
         while pieces.more and pieces.size < FIRM:
             first += await pieces.next()
-    view = _room(length, pieces).data
+    room = _room(length, pieces)
+    view = room.data
     end = len(first)
     view[:end] = first
     del first
@@ -179,13 +180,14 @@ async def _fill(length: int, pieces: Pieces) -> Body:
         piece = await pieces.next()
         begin, end = end, end + len(piece)
         view[begin:end] = piece
+    blocks.keep(room)
     return view[:end]
 
 
 def _room(length: int, pieces: Pieces) -> Array:
     """What was in use before takes all of its memory from now on, whatever comes: it is counted now, or not taken."""
     again = blocks.again(length)
-    return again if again is not None and pieces.claim_all(length) else blocks.fresh(length)
+    return again if again is not None and pieces.claim_all(length) else fresh(length)
 
 
 async def _grow(pieces: Pieces) -> bytearray:

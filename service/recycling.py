@@ -41,8 +41,11 @@ class Blocks:
         wanted = size * dtype.itemsize
         if wanted < LEAST:
             return np.empty(size, dtype)
-        again = self.again(wanted, OF_PARAMETERS)
-        return (self.fresh(wanted) if again is None else again).view(dtype)
+        found = self.again(wanted, OF_PARAMETERS)
+        if found is None:
+            found = fresh(wanted)
+            self.keep(found)
+        return found.view(dtype)
 
     def again(self, size: int, slack: int = OF_BODIES) -> Array | None:
         """So many bytes that were in use before, and are in memory therefore; None: there are none."""
@@ -55,17 +58,22 @@ class Blocks:
                     return _aligned(block, size)
         return None
 
-    def fresh(self, size: int) -> Array:
-        """So many bytes that take no memory before they are written to."""
-        block = np.empty(size + _ALIGNED, np.uint8)
-        if size >= LEAST:
-            with self._lock:
-                self._bound()
+    def keep(self, array: Array) -> None:
+        """To be used again, what `fresh` or `again` gave.
+
+        Not before a body is whole: one that is given up is to take no memory any more.
+        """
+        block = array.base
+        assert block is not None
+        if array.size < LEAST:
+            return
+        with self._lock:
+            self._bound()
+            if not any(known is block for known in self._kept):
                 self._kept.append(block)
-        return _aligned(block, size)
 
     def _bound(self) -> None:
-        """Gives back those that are free beyond `most`: bodies that are refused would come faster than `tidy`."""
+        """Gives back those that are free beyond `most`: large bodies may come faster than `tidy`."""
         left, kept = self.most, []
         for block in reversed(self._kept):
             free = sys.getrefcount(block) == _ALONE
@@ -91,6 +99,11 @@ class Blocks:
     def size(self) -> int:
         """Bytes of all blocks, in use or free."""
         return sum(block.size for block in self._kept)
+
+
+def fresh(size: int) -> Array:
+    """So many bytes that take no memory before they are written to."""
+    return _aligned(np.empty(size + _ALIGNED, np.uint8), size)
 
 
 def _aligned(block: Array, size: int) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.recycling import LEAST, Blocks
+from service.recycling import LEAST, Blocks, fresh
 
 MILLION = 1_000_000
 
@@ -106,10 +106,22 @@ def test_threads_never_share_one() -> None:
 
 def test_no_more_is_free_than_may_be_when_more_is_taken() -> None:
     blocks = Blocks(9 * MILLION)
-    several = [blocks.fresh(4 * MILLION) for _ in range(5)]
-    kept = several[1]
-    del several
-    assert blocks.size > 20 * MILLION
-    fresh = blocks.fresh(4 * MILLION)
+    several = [fresh(4 * MILLION) for _ in range(5)]
+    for array in several:
+        blocks.keep(array)
+        blocks.keep(array)
+    held = several[1]
+    del several, array
+    assert 20 * MILLION < blocks.size < 20 * MILLION + 1000
+    new = fresh(4 * MILLION)
+    blocks.keep(new)
     assert 4 * MILLION * 4 <= blocks.size < 4 * MILLION * 4 + 1000  # two that are free, one that is not, the new one
-    assert not np.shares_memory(kept, fresh)
+    assert not np.shares_memory(held, new)
+
+
+def test_what_is_not_kept_is_gone() -> None:
+    blocks = Blocks(1 << 30)
+    fresh(4 * MILLION)
+    assert (blocks.size, blocks.again(4 * MILLION)) == (0, None)
+    blocks.keep(fresh(LEAST - 1))
+    assert blocks.size == 0
