@@ -81,14 +81,21 @@ def answered(reply: tuple[int, dict[str, str], bytes]) -> tuple[int, dict[str, A
 
 
 @contextlib.contextmanager
-def full(server: Server, session: str) -> Iterator[list[socket.socket]]:
-    """As many requests in flight as there may be, until the store takes writes again."""
+def crowd(server: Server, session: str, size: int) -> Iterator[list[socket.socket]]:
+    """So many steps are sent, while the store takes none."""
     with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connected(server)) for _ in range(REQUESTS)]
+        connections = [stack.enter_context(connected(server)) for _ in range(size)]
         server.valkey("CLIENT", "PAUSE", "60000", "WRITE")
         stack.callback(server.valkey, "CLIENT", "UNPAUSE")
         for connection in connections:
             begun(connection, session, len(STEP), STEP)
+        yield connections
+
+
+@contextlib.contextmanager
+def full(server: Server, session: str) -> Iterator[list[socket.socket]]:
+    """As many requests in flight as there may be, until the store takes writes again."""
+    with crowd(server, session, REQUESTS) as connections:
         eventually(lambda: probe(server) == 503)
         yield connections
 
@@ -198,18 +205,6 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = {"RAVINE_LAG_SECONDS": "1e-9", "RAVINE_MAX_REQUESTS": str(ALL), "RAVINE_JIT": "false"}
     with serving(tmp_path_factory.mktemp("impatient") / "data", environment=settings) as server:
         yield server
-
-
-@contextlib.contextmanager
-def crowd(server: Server, session: str, size: int) -> Iterator[list[socket.socket]]:
-    """So many steps are sent, while the store takes none."""
-    with contextlib.ExitStack() as stack:
-        connections = [stack.enter_context(connected(server)) for _ in range(size)]
-        server.valkey("CLIENT", "PAUSE", "60000", "WRITE")
-        stack.callback(server.valkey, "CLIENT", "UNPAUSE")
-        for connection in connections:
-            begun(connection, session, len(STEP), STEP)
-        yield connections
 
 
 def refusals(connections: list[socket.socket], least: int) -> list[socket.socket]:

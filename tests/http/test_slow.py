@@ -11,9 +11,10 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.http.callers import service
 from tests.http.files import saved
 from tests.http.sockets import connected, exchange, head_of, reply_on
-from tests.running import Server, serving
+from tests.running import Server
 from tests.wire import create
 
 HEAD_SECONDS, STALL_SECONDS = 1.0, 1.5
@@ -26,8 +27,8 @@ STEP = json.dumps({"gradients": {"w": [1.0, 2.0]}}).encode()
 @pytest.fixture(scope="module")
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A service that waits for nobody for long."""
-    settings = {"RAVINE_HEADER_SECONDS": str(HEAD_SECONDS), "RAVINE_STALL_SECONDS": str(STALL_SECONDS)}
-    with serving(tmp_path_factory.mktemp("hasty") / "data", environment=settings | {"RAVINE_JIT": "false"}) as server:
+    directory = tmp_path_factory.mktemp("hasty")
+    with service(directory, header_seconds=HEAD_SECONDS, stall_seconds=STALL_SECONDS) as server:
         yield server
 
 

@@ -24,6 +24,15 @@ def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.heads.LOOK", 3600.0)
 
 
+async def lost(world: World, engine: Engine, session: str, before: dict[bytes, bytes]) -> Place:
+    """Loses what came since, and accepts it. Returns what was told."""
+    await put_back(world, session, before)
+    with pytest.raises(StateLost) as told:
+        await params(engine, session)
+    await accepted(world, session)
+    return told.value.acknowledged
+
+
 def test_what_was_accepted_goes_on(run: Run) -> None:
     """For the one that saw more, one that stood just there, one that came late; and a second loss is noticed."""
 
@@ -47,11 +56,7 @@ def test_what_was_accepted_goes_on(run: Run) -> None:
 
         before = await saved(world, session)
         seen = await stepped(engine, session, 2)
-        await put_back(world, session, before)
-        with pytest.raises(StateLost) as again:
-            await params(engine, session)
-        assert again.value.acknowledged == seen
-        await accepted(world, session)
+        assert await lost(world, engine, session, before) == seen
         for other in (engine, behind):
             assert await params(other, session) == [4.0] * 3
 
@@ -213,11 +218,7 @@ def test_who_saw_more_than_was_accepted_tells_of_it(run: Run) -> None:
         before = await saved(world, session)
         await stepped(first, session, 2)
         await stepped(second, session, 3)  # of which the first one knows nothing
-        await put_back(world, session, before)
-        with pytest.raises(StateLost) as lost:
-            await params(first, session)
-        assert lost.value.acknowledged.step == 2
-        await accepted(world, session)
+        assert (await lost(world, first, session, before)).step == 2
         await stepped(first, session, 1)
         with pytest.raises(StateLost) as more:
             await params(second, session)
@@ -229,15 +230,6 @@ def test_who_saw_more_than_was_accepted_tells_of_it(run: Run) -> None:
         await stepped(second, session, 1)
 
     run(scenario)
-
-
-async def lost(world: World, engine: Engine, session: str, before: dict[bytes, bytes]) -> Place:
-    """Loses what came since, and accepts it. Returns what was told."""
-    await put_back(world, session, before)
-    with pytest.raises(StateLost) as told:
-        await params(engine, session)
-    await accepted(world, session)
-    return told.value.acknowledged
 
 
 def test_a_larger_loss_before_hides_nothing(run: Run) -> None:
