@@ -1,9 +1,9 @@
 """A store with as many replicas of the engine as are asked for, in this process, and steps by the engine itself."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
+import select
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -52,9 +52,12 @@ class World:
         return engine
 
     def kill_store(self) -> None:
-        os.kill(int((self.embedded.data / "valkey.pid").read_text()), signal.SIGKILL)
-        with (self.embedded.data / "valkey.alive").open() as alive:
-            fcntl.flock(alive, fcntl.LOCK_EX)  # it is gone, and whoever asks it from now on finds that out
+        pid = int((self.embedded.data / "valkey.pid").read_text())
+        ended = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        # A dying process closes its files one after another: its locks may be free while it is still connected to.
+        select.select([ended], [], [])
+        os.close(ended)
 
     async def keys(self, session: str) -> set[bytes]:
         return {name async for name in self.raw.scan_iter(match=f"*{session}*", count=1000)}
