@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import structlog
@@ -42,6 +42,8 @@ from service.settings import Settings
 from service.store import Store
 from service.tracing import Tracing
 from service.valkey import EmbeddedFailed
+from service.workers.berth import Berth
+from service.workers.scrape import Scrape
 
 log = structlog.get_logger("ravine")
 
@@ -53,12 +55,14 @@ STORE_SECONDS = 30
 class App:
     """An ASGI application. `drain` ends what would otherwise wait for ever: long-polls and event streams."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, berth: Berth | None = None) -> None:
         self.settings = settings
+        self._berth = berth
+        self._worker = None if berth is None else berth.number
         self.exit_code = 1  # of a start that failed
         self.admission = Admission(_limits(settings))
         self.admission.told = self._turned_away
-        self._access = AccessLog(settings.log_format)
+        self._access = AccessLog(settings.log_format, worker=self._worker)
         self._embedded: Embedded | None = None
         if not settings.redis_url:
             self._embedded = Embedded(settings.data, settings.embedded_durability, on_progress=_tell)
@@ -70,6 +74,8 @@ class App:
         self._gate: Gate | None = None
         self._quotas: Quotas | None = None
         self._control: Any = None
+        self._scrape: Scrape | None = None  # of all workers
+        self.handovers: Mapping[str, int] = {}  # between them, by what became of the connection
         routes = [(each.method, each.path) for each in OPERATIONS] + [("GET", page) for page in PAGES]
         self._requests = RequestMeters([Route(*route) for route in routes], PROBLEMS)
         self._compilations = CompileMeters()
@@ -84,10 +90,7 @@ class App:
     @property
     def store_place(self) -> str:
         """Where the sessions are kept, in words, without secrets."""
-        if self.settings.redis_url:
-            # a password may stand before the host or in the query
-            return re.sub(r"(?<=://)[^@/]*@", "", self.settings.redis_url.partition("?")[0])
-        return str(self.settings.data.resolve())
+        return self.settings.store_place
 
     async def start(self) -> None:
         """Raises EmbeddedFailed, StoreUnavailable, AckImpossible."""
@@ -113,14 +116,17 @@ class App:
             self._engine.trace(self._tracing)
             self._handle = self._tracing.traced(self._request)
         metrics = self._metrics(self._store, self._engine)
+        if self._berth is not None:
+            self._scrape = Scrape(self._berth, metrics.text)
+            await self._scrape.open()
         self._control = create_control(
-            self._engine, max_body=self.settings.max_body, version=__version__, metrics=metrics
+            self._engine, max_body=self.settings.max_body, version=__version__, metrics=self._scrape or metrics
         )
 
     def _metrics(self, store: Store, engine: Engine) -> Metrics:
         kind = "redis" if self.settings.redis_url else "embedded"
         about = {"version": __version__, "store": kind, "ack": self.settings.ack}
-        metrics = Metrics(self._requests, store.meters, self._compilations, store.index.count, about)
+        metrics = Metrics(self._requests, store.meters, self._compilations, store.index.count, about, self._worker)
         metrics.gauge("ravine_sessions_hot", "Sessions in the memory of this process.", lambda: engine.hot[0])
         metrics.gauge("ravine_sessions_hot_bytes", "Bytes that these take, estimated.", lambda: engine.hot[1])
         metrics.gauge("ravine_sessions_hot_bytes_limit", "What they may take.", lambda: self.settings.memory)
@@ -133,6 +139,8 @@ class App:
         metrics.gauge("ravine_http_body_bytes", "Bytes of bodies held for requests.", lambda: let_in.bodies)
         metrics.counter("ravine_overloaded", "Refused, by what there was too much of.", "of", lambda: let_in.refused)
         metrics.counter("ravine_connections_cut", "Connections that were cut, by why.", "reason", lambda: let_in.cut)
+        if self._berth is not None:
+            metrics.counter("ravine_handovers", "Connections, between workers.", "became", lambda: self.handovers)
         return metrics
 
     async def _guarded(self, store: Store, engine: Engine) -> Gate:
@@ -205,6 +213,8 @@ class App:
             self._data.drain()
 
     async def stop(self) -> None:
+        if self._scrape is not None:
+            await self._scrape.close()
         if self._gate is not None:
             await self._gate.stop()
         if self._engine is not None:
@@ -342,6 +352,6 @@ def _request_id(scope: Scope) -> str:
     return f"{random.getrandbits(64):016x}"  # to tell lines apart, not to be kept secret
 
 
-def create_app(settings: Settings | None = None) -> App:
-    """The application for `settings`, which are read from the environment if left out."""
-    return App(Settings() if settings is None else settings)
+def create_app(settings: Settings | None = None, berth: Berth | None = None) -> App:
+    """The application for `settings`, which are read from the environment if left out; `berth`: as one of several."""
+    return App(Settings() if settings is None else settings, berth)

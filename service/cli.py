@@ -1,30 +1,19 @@
 """`ravine serve`: the service on a port."""
 
-import asyncio
-import os
-import signal
-import socket
 import ssl
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 
-from service import __version__, listing, logs, memory
-from service.admission import open_files
-from service.app import App, create_app
+from service import __version__, listing, logs, memory, serving
 from service.commands import backup
 from service.commands import keys as keys_command
 from service.commands import sessions as sessions_command
 from service.commands.options import option as _option
 from service.commands.options import settings_of
-from service.outlet import LINGER
-from service.protocol import guarded
 from service.settings import Settings
-
-ACCEPTED_AT_ONCE = 16
+from service.workers import supervisor
 
 cli = typer.Typer(
     name="ravine",
@@ -64,6 +53,7 @@ def serve(
     insecure: Annotated[bool | None, _option("insecure", "--insecure")] = None,
     data: Annotated[Path | None, _option("data")] = None,
     redis_url: Annotated[str | None, _option("redis_url")] = None,
+    workers: Annotated[int | None, _option("workers")] = None,
     ack: Annotated[str | None, _option("ack")] = None,
     ack_replicas: Annotated[int | None, _option("ack_replicas")] = None,
     durability: Annotated[str | None, _option("durability")] = None,
@@ -85,6 +75,7 @@ def serve(
         "insecure": insecure,
         "data": data,
         "redis_url": redis_url,
+        "workers": workers,
         "ack": ack,
         "ack_replicas": ack_replicas,
         "durability": durability,
@@ -95,7 +86,7 @@ def serve(
     _check_tls(settings)
     logs.configure(settings.log_format)
     memory.return_large_arrays()
-    raise typer.Exit(_run(settings))
+    raise typer.Exit(serving.run(settings) if settings.workers == 1 else supervisor.run(settings))
 
 
 def _check_tls(settings: Settings) -> None:
@@ -152,112 +143,6 @@ def _tell(family: str, kind: str | None, *, markdown: bool) -> None:
         except LookupError as error:
             typer.echo(f"ravine: {error.args[0]}", err=True)
             raise typer.Exit(2) from None
-
-
-def _run(settings: Settings) -> int:
-    app = create_app(settings)
-    app.admission.limits = app.admission.limits._replace(connections=open_files(settings.max_connections))
-    config = uvicorn.Config(
-        app,
-        http=guarded(app.admission),
-        ws="none",
-        lifespan="on",
-        host=settings.host,
-        port=settings.port,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # nothing here depends on the client's address
-        # Longer than a client that steps now and then is silent: closed on it, its next step would be reset.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
-    )
-    server = Server(config, app)
-    # uvicorn raises the signal that stopped it once more when it has drained; an orderly stop is no failure.
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGINT, _leave)
-    try:
-        server.run()
-    except SystemExit:
-        if server.started:
-            raise
-    return 0 if server.started else app.exit_code
-
-
-def _leave(*_: object) -> None:
-    raise SystemExit(0)
-
-
-class Server(uvicorn.Server):
-    """Says where it listens, and ends what waits for ever when it is told to stop."""
-
-    def __init__(self, config: uvicorn.Config, app: App) -> None:
-        super().__init__(config)
-        self._app = app
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._app.tell_to_stop()
-        super().handle_exit(sig, frame)
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            await self._listen_more()
-            memory.collect_less_often()
-            _greet(self._app, *self._address())
-
-    async def _listen_more(self) -> None:
-        """Several handles on each socket that is listened on.
-
-        A handle takes one new connection in each turn of the loop (libuv since 1.45). Under load a turn takes long, and
-        whoever was new waited for seconds, however soon the others were answered.
-        """
-        loop, config = asyncio.get_running_loop(), self.config
-
-        def protocol() -> asyncio.Protocol:
-            make: Any = config.http_protocol_class
-            made: asyncio.Protocol = make(config=config, server_state=self.server_state, app_state=self.lifespan.state)
-            return made
-
-        # uvicorn's own handle is given up with the others made: under TLS it lets a handshake take a minute.
-        limits: dict[str, Any] = {}
-        if config.ssl is not None:
-            limits = {"ssl_handshake_timeout": self._app.settings.header_seconds, "ssl_shutdown_timeout": LINGER}
-        given, self.servers = self.servers, []
-        for listening in [listening for server in given for listening in server.sockets]:
-            for _ in range(ACCEPTED_AT_ONCE):
-                again = socket.socket(fileno=os.dup(listening.fileno()))
-                self.servers.append(
-                    await loop.create_server(protocol, sock=again, ssl=config.ssl, backlog=config.backlog, **limits)
-                )
-        for server in given:
-            server.close()
-
-    def _address(self) -> tuple[str, int]:
-        for server in self.servers:
-            for listening in server.sockets:
-                host, port = listening.getsockname()[:2]
-                return str(host), int(port)
-        return self.config.host, self.config.port
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        logs.say("ravine: stopping; requests under way are answered first")
-        self._app.drain()
-        await super().shutdown(sockets)
-
-
-def _greet(app: App, host: str, port: int) -> None:
-    scheme = "http" if app.settings.tls_cert is None else "https"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-    kind = "Redis" if app.settings.redis_url else "embedded Valkey"
-    logs.say(
-        f"Ravine listens on {url} (reference: {url}/docs)\n"
-        f"Sessions are kept in {app.store_place} ({kind})\n"
-        f"Try:\n"
-        f'  curl --json \'{{"optimizer": "adam", "params": {{"w": [1, 2]}}}}\' {url}/v1/sessions'
-    )
 
 
 def main() -> None:

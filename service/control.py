@@ -30,7 +30,7 @@ from service.engine import Engine
 from service.errors import Fault, InvalidRequest, ServiceError, StoreUnavailable
 from service.http import ClientGone, body_format, negotiate, preconditions
 from service.http import Request as Call
-from service.metrics import Metrics
+from service.metrics import Text
 from service.openapi import openapi
 from service.operations import methods_of
 from service.problem_table import PROBLEMS
@@ -51,7 +51,7 @@ LARGE: Final = 1 << 18
 CLIENT_CLOSED: Final = 499  # never seen by anybody; it tells the access log why there was no reply
 
 
-def create_control(engine: Engine, *, max_body: int, version: str, metrics: Metrics | None = None) -> FastAPI:
+def create_control(engine: Engine, *, max_body: int, version: str, metrics: Text | None = None) -> FastAPI:
     """The control plane over `engine`, for JSON bodies of at most `max_body` bytes."""
     app = FastAPI(
         title="Ravine",
@@ -120,7 +120,7 @@ def _add_pages(app: FastAPI, engine: Engine, version: str) -> None:
         app.add_api_route(path, endpoint, methods=["GET", "HEAD"])
 
 
-def _add_metrics(app: FastAPI, metrics: Metrics | None) -> None:
+def _add_metrics(app: FastAPI, metrics: Text | None) -> None:
     async def read(request: Request) -> Response:
         _no_query(request)
         if metrics is None:

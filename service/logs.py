@@ -43,8 +43,8 @@ class _Lossy(io.TextIOBase):
             self._stream.flush()
 
 
-def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
-    """Once, at the start of the process."""
+def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr, worker: int | None = None) -> None:
+    """Once, at the start of the process; of a `worker` again, so that its lines say which it is."""
     renderer: Any = structlog.processors.JSONRenderer()
     if form == "text":
         renderer = structlog.dev.ConsoleRenderer(
@@ -58,6 +58,7 @@ def configure(form: Literal["text", "json"], stream: TextIO = sys.stderr) -> Non
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time" if form == "json" else "timestamp"),
             _with_request,
+            _as_it_is if worker is None else _of_worker(worker),
             _without_secrets,
             structlog.processors.format_exc_info if form == "json" else _as_it_is,
             renderer,
@@ -74,6 +75,14 @@ def say(text: str) -> None:
 
 def _as_it_is(_logger: Any, _method: str, event: Any) -> Any:
     return event
+
+
+def _of_worker(number: int) -> Any:
+    def named(_logger: Any, _method: str, event: Any) -> Any:
+        event["worker"] = number
+        return event
+
+    return named
 
 
 def _with_request(_logger: Any, _method: str, event: Any) -> Any:
@@ -94,7 +103,9 @@ def without_secrets(text: str) -> str:
 class AccessLog:
     """A line per request."""
 
-    def __init__(self, form: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
+    def __init__(self, form: Literal["text", "json"], stream: TextIO = sys.stderr, worker: int | None = None) -> None:
+        self._worker = {} if worker is None else {"worker": worker}
+        self._suffix = "" if worker is None else f" worker={worker}"
         self._json = form == "json"
         self._stream = _Lossy(stream)
         self._lines: list[str] = []
@@ -123,12 +134,13 @@ class AccessLog:
                     "status": status,
                     "ms": round(seconds * 1e3, 3),
                     "request_id": request,
+                    **self._worker,
                 }
             ).decode()
         else:
             # A path arrives decoded and may hold line breaks and worse.
             shown = path if path.isprintable() else ascii(path)
-            line = f"{moment} {method} {shown} {status} {seconds * 1e3:.1f} ms request_id={request}"
+            line = f"{moment} {method} {shown} {status} {seconds * 1e3:.1f} ms request_id={request}{self._suffix}"
         self._lines.append(without_secrets(line))
         if not self._scheduled:
             self._scheduled = True

@@ -8,7 +8,7 @@ asked of the store is asked first, and for a second at most: a scrape is answere
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from math import inf
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -21,6 +21,12 @@ from service.meters import STATUSES, CompileMeters, Histogram, RequestMeters, St
 
 # Below the ten seconds that Prometheus waits for a scrape.
 PATIENCE: Final = 1.0
+
+
+class Text(Protocol):
+    """Who gives what GET /metrics is answered with: the text, and its media type, for an Accept."""
+
+    async def text(self, accept: str) -> tuple[bytes, str]: ...
 
 
 class Gauge(NamedTuple):
@@ -40,8 +46,24 @@ class Counter(NamedTuple):
     read: Callable[[], Mapping[str, float]]
 
 
+class _Labelled(CollectorRegistry):
+    """Puts the label `worker` to all samples."""
+
+    def __init__(self, worker: int) -> None:
+        super().__init__()
+        self._label = {"worker": str(worker)}
+
+    def collect(self) -> Iterator[Metric]:
+        for family in super().collect():
+            named = Metric(family.name, family.documentation, family.type, family.unit)
+            named.samples = [sample._replace(labels=self._label | sample.labels) for sample in family.samples]
+            yield named
+
+
 class Metrics(Collector):
-    """`count_sessions` asks the store how many sessions it has; `about` are the labels of `ravine_info`."""
+    """`count_sessions` asks the store how many sessions it has; `about` are the labels of `ravine_info`. All samples
+    have the label `worker` where a number is given.
+    """
 
     def __init__(
         self,
@@ -50,6 +72,7 @@ class Metrics(Collector):
         compilations: CompileMeters,
         count_sessions: Callable[[], Awaitable[int]],
         about: Mapping[str, str],
+        worker: int | None = None,
     ) -> None:
         self._requests = requests
         self._store = store
@@ -60,7 +83,7 @@ class Metrics(Collector):
         self._writing: dict[bool, asyncio.Task[tuple[bytes, str]]] = {}  # by whether it is OpenMetrics
         self._gauges: list[Gauge] = []
         self._counters: list[Counter] = []
-        self._registry = CollectorRegistry()
+        self._registry = CollectorRegistry() if worker is None else _Labelled(worker)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)

@@ -180,6 +180,16 @@ class PlainOutlet(Outlet):
         if self._transport.get_write_buffer_size():
             self.watch()
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that the kernel has not been given yet."""
+        return self._transport.get_write_buffer_size()
+
+    def let_go(self) -> None:
+        """The connection is another process's now: it goes on, though not here. Nothing may be unsent."""
+        self.deaf = True
+        self._transport.close()  # of this descriptor alone; the client is told nothing
+
     def _begin_to_end(self) -> None:
         self._transport.write_eof()
         self._timer = self._connection.loop.call_later(LINGER, self.close_now)

@@ -44,7 +44,7 @@ HEARD_BEHIND: Final = 16  # of them, while the one in flight waits: more are not
 OVERHEAD, EXCESS = 16, 64 << 10
 
 # Where the parser is.
-_BETWEEN, _HEAD, _BODY = range(3)
+BETWEEN, _HEAD, _BODY = range(3)
 _VERSIONS: Final = frozenset(("1.0", "1.1"))
 _LOOKED_AT: Final = frozenset((b"host", b"transfer-encoding", b"expect"))
 
@@ -57,7 +57,7 @@ class Guarded(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._outlet: PlainOutlet | TlsOutlet | None = None  # None: not let in, or over
-        self._at = _BETWEEN
+        self._at = BETWEEN
         self._hosts = 0
         self._since = 0.0  # the connection, or the silence after the last reply, began
         self._head_since = 0.0  # the head that is not whole yet began; 0.0: there is none
@@ -156,7 +156,7 @@ class Guarded(HttpToolsProtocol):
                 self._misread(self._fault or MalformedRequest())
             return
         self._decide()
-        if self._at != _BETWEEN and not (outlet.deaf or outlet.is_closing()):  # after a refusal nothing more is read
+        if self._at != BETWEEN and not (outlet.deaf or outlet.is_closing()):  # after a refusal nothing more is read
             self._go_on(size)
 
     def _without_upgrade(self) -> bytes:
@@ -291,7 +291,7 @@ class Guarded(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         if self._at == _HEAD:
             return  # which asked to upgrade
-        self._at = _BETWEEN
+        self._at = BETWEEN
         self._counted = -1
         cycle, self._closing_cycle = self._closing_cycle, None
         if cycle is not None and not cycle.response_started:
@@ -346,7 +346,7 @@ class Guarded(HttpToolsProtocol):
     @property
     def in_a_message(self) -> bool:
         """Whether what was read last ends in the middle of a request."""
-        return self._at != _BETWEEN
+        return self._at != BETWEEN
 
     # What goes
 

@@ -1,6 +1,7 @@
 """Every setting once: name, default, help. The environment's names are these with RAVINE_ before them."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +34,12 @@ def _traceable(value: bool) -> bool:
     return value
 
 
+def _workers(value: int) -> int:
+    if value > 1 and sys.platform != "linux":
+        raise ValueError("more than one needs Linux: connections pass from one to another by its sockets")
+    return value
+
+
 def _hosts(value: str) -> str:
     parse_hosts(value)
     return value
@@ -50,6 +57,9 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    workers: Annotated[int, AfterValidator(_workers)] = Field(
+        1, ge=1, le=256, description="Processes that serve the port together, each session in one of them."
+    )
     tls_cert: Path | None = Field(None, description="Certificate (with its chain, PEM) to serve HTTPS with.")
     tls_key: Path | None = Field(None, description="The certificate's private key (PEM).")
     data: Path = Field(
@@ -156,3 +166,11 @@ class Settings(BaseSettings):
     def embedded_durability(self) -> Literal["snapshot", "everysec", "always"]:
         """What the embedded store is told, where nothing else was said."""
         return self.durability or ("always" if self.ack == "disk" else "everysec")
+
+    @property
+    def store_place(self) -> str:
+        """Where the sessions are kept, in words, without secrets."""
+        if self.redis_url:
+            # a password may stand before the host or in the query
+            return re.sub(r"(?<=://)[^@/]*@", "", self.redis_url.partition("?")[0])
+        return str(self.data.resolve())

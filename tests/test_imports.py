@@ -156,17 +156,32 @@ LAYERS: dict[str, set[str]] = {
     | HTTP
     | {"service.errors", "service.documents", "service.contributions", "service.replies", "service.engine"}
     | {"service.access.rights"},
+    # Several processes on one port: what passes between them, and who is above them
+    "service.workers": set(),
+    "service.workers.berth": set(),
+    "service.workers.links": set(),
+    "service.workers.routing": {
+        *("service.admission", "service.outlet", "service.protocol"),
+        *("service.workers.berth", "service.workers.links"),
+    },
+    "service.workers.scrape": {"service.workers.berth"},
+    "service.workers.supervisor": {
+        *("service", "service.logs", "service.serving", "service.settings", "service.workers.berth"),
+    },
     # The one place that constructs things, and what starts it
     "service.app": {"core", "core.*", "service", "service.*"},
+    "service.serving": {
+        *("service", "service.admission", "service.app", "service.logs", "service.memory", "service.outlet"),
+        *("service.protocol", "service.settings", "service.workers.berth", "service.workers.routing"),
+    },
     "service.cli": {
         "service",
-        "service.admission",
-        "service.outlet",
-        "service.protocol",
         "service.memory",
         "service.listing",
-        "service.app",
+        "service.serving",
         "service.settings",
+        "service.workers",
+        "service.workers.supervisor",
         "service.logs",
         "service.embedded",
         "service.errors",
@@ -283,7 +298,7 @@ def test_the_table_says_what_the_design_says() -> None:
         for other in ("engine", "commits"):
             assert not may(module, f"service.{other}")
     assert not any(may("core.*", f"service.{name}") for name in ("errors", "wire", "store"))
-    assert {module for module in LAYERS if may(module, "service.app")} == {"service.app", "service.cli"}
+    assert {module for module in LAYERS if may(module, "service.app")} == {"service.app", "service.serving"}
 
 
 def test_every_line_of_the_table_is_of_a_module() -> None:

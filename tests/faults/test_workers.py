@@ -1,0 +1,163 @@
+"""Workers of one service are killed, stopped, and left alone: clients that send again under keys lose nothing."""
+
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.crowd import Crowd, rounds, verdict
+from tests.faults.nursery import Replica
+from tests.faults.stores import VOLATILE, storing, until
+from tests.http.sockets import connected, reply_on
+from tests.nursery import shared
+from tests.running import Server, ravine, serving
+from tests.wire import create
+from tests.workers import alive, at_homes, by_worker, landing_of, takes, workers_of
+
+WORKERS = 3
+ARGUMENTS = ("--workers", str(WORKERS))
+STEP = b'{"gradients": {"w": [1]}}'
+
+
+def head_of_step(session: str) -> bytes:
+    lines = (f"POST /v1/sessions/{session}/steps HTTP/1.1", "Host: localhost", "Content-Type: application/json")
+    return "\r\n".join([*lines, f"Content-Length: {len(STEP)}", "", ""]).encode()
+
+
+def all_there(server: Server) -> bool:
+    return len([pid for pid in workers_of(server.pid) if alive(pid)]) == WORKERS
+
+
+def killings(directory: Path, seed: int, times: int) -> tuple[object, list[str]]:
+    """Under load, one worker after the other."""
+    draw = random.Random(seed)
+    with storing(directory / "store", *VOLATILE) as store:
+        server = Replica(shared(), directory / "data", *ARGUMENTS, "--redis-url", store.url).start()
+        try:
+            crowd = Crowd([server], seed, clients=8, sizes=(17, 17, 17, 20_000)).start()
+            for _ in rounds(crowd, times, draw):
+                os.kill(draw.choice(sorted(workers_of(server.pid))), signal.SIGKILL)
+            with store.client() as client:
+                found = verdict("worker killed", times, client, crowd)
+            until(lambda: all_there(server), "every worker is there again")
+            assert server.stop() == 0
+        finally:
+            server.stop()
+    return found.outcome, found.notes
+
+
+def test_workers_killed_under_load(tmp_path: Path) -> None:
+    outcome, notes = killings(tmp_path, 1, 8)
+    assert not any(outcome[2:]), notes  # type: ignore[index]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_many_workers_killed_under_load(tmp_path: Path, seed: int) -> None:
+    outcome, notes = killings(tmp_path, 100 + seed, 40)
+    assert not any(outcome[2:]), notes  # type: ignore[index]
+
+
+def test_the_others_serve_while_a_home_is_away(data: Path) -> None:
+    """And once it is back, it gets what is its again."""
+    with serving(data, *ARGUMENTS) as server, server.client() as client:
+        first, second, _ = at_homes(client, WORKERS, optimizer="sgd", params={"w": [1.0]})
+        with connected(server) as connection:
+
+            def take(session: str) -> int:
+                connection.sendall(head_of_step(session) + STEP)
+                status, headers, body = reply_on(connection)
+                assert status == 200, body
+                return int(headers["ravine-step"])
+
+            assert take(first) == 1
+            victim, path = landing_of(server, 1)
+            os.kill(server.pid, signal.SIGSTOP)  # or the home would be back before anybody had missed it
+            try:
+                os.kill(victim, signal.SIGKILL)
+                until(lambda: not takes(path), "it is dead")
+                assert [take(second), take(second), take(first)] == [1, 2, 2]
+                assert by_worker(client, "ravine_worker_up") == {0: 1, 1: 0, 2: 1}
+            finally:
+                os.kill(server.pid, signal.SIGCONT)
+            until(lambda: takes(path) and all_there(server), "all are there again")
+            until(lambda: take(second) and by_worker(client, "ravine_sessions_hot").get(1) == 1, "it is home again")
+        assert "number=1" in server.log.read_text()
+
+
+def gone(server: Server, workers: set[int], store: int) -> bool:
+    return not any(alive(pid) for pid in (server.pid, store, *workers))
+
+
+def test_told_to_stop_all_drain(data: Path) -> None:
+    """What is under way is answered, in each of them; then nothing is left."""
+    server = Server(data, *ARGUMENTS).start()
+    try:
+        with server.client() as client:
+            sessions = at_homes(client, WORKERS, optimizer="sgd", params={"w": [1.0]})
+        workers, store = workers_of(server.pid), server.valkey_pid()
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        connections = [socket.create_connection(address, 30) for _ in sessions]
+        for connection, session in zip(connections, sessions, strict=True):
+            connection.sendall(head_of_step(session) + STEP[:5])
+        with server.client() as client:
+            until(lambda: sum(by_worker(client, "ravine_http_arrivals").values()) == WORKERS, "all have come")
+        server.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+        time.sleep(0.3)
+        for connection in connections:
+            connection.sendall(STEP[5:])
+            assert reply_on(connection)[0] == 200
+            assert connection.recv(1) == b""
+            connection.close()
+        assert server.process.wait(40) == 0  # type: ignore[union-attr]
+        assert gone(server, workers, store)
+    finally:
+        server.stop()
+    assert server.log.read_text().count("ravine: stopping") == 1
+
+
+def test_workers_and_store_end_with_a_killed_supervisor(data: Path) -> None:
+    server = Server(data, *ARGUMENTS).start()
+    workers, store = workers_of(server.pid), server.valkey_pid()
+    directories = set(Path("/proc/net/unix").read_text().split())
+    mine = {Path(name).parent for name in directories if name.endswith("/0.metrics")}
+    assert len(workers) == WORKERS
+    server.kill()
+    until(lambda: gone(server, workers, store), "they are gone", 30)
+    for directory in mine:  # ours is among them
+        if directory.exists():
+            assert list(directory.iterdir())  # another's, who is at work
+    with serving(data, *ARGUMENTS) as again, again.client() as client:
+        assert client.get("/readyz").status_code == 200
+
+
+def test_a_worker_that_is_told_to_stop_is_started_again(data: Path) -> None:
+    with serving(data, *ARGUMENTS) as server:
+        with server.client() as client:
+            session = create(client, optimizer="sgd", params={"w": [1.0]})["id"]
+        before = workers_of(server.pid)
+        victim = min(before)
+        os.kill(victim, signal.SIGTERM)
+        until(lambda: not alive(victim) and all_there(server), "another is in its place")
+        with server.client() as client:
+            assert client.get(f"/v1/sessions/{session}/params").status_code == 200
+
+
+def test_a_start_that_fails_fails_once(tmp_path: Path) -> None:
+    nobody = ravine("serve", *ARGUMENTS, "--host", "0.0.0.0", "--port", "0", "--data", tmp_path / "data")
+    assert nobody.returncode == 2
+    assert (nobody.stdout + nobody.stderr).count("there is no valid key") == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        refused = ravine("serve", *ARGUMENTS, "--port", port, "--data", tmp_path / "other")
+    assert refused.returncode == 1
+    assert refused.stderr.count(port) == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_number_of_workers_that_cannot_be() -> None:
+    assert ravine("serve", "--workers", "0").returncode == 2
