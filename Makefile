@@ -10,7 +10,7 @@ JOBS   ?= 3
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 EXTRAS  := --extra jit --extra privacy --extra tracing
 
-.PHONY: help serve keys check test docs soak faults demo demo-workers bench bench-peers convergence oracles fuzz sbom audit lock clean
+.PHONY: help serve keys check test docs soak faults demo demo-workers bench bench-peers flame convergence oracles fuzz sbom audit lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,6 +74,15 @@ benchmarks/peers/.venv/.made: benchmarks/peers/requirements.txt
 	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@touch $@
 
+flame: $(VENV)/.test .venv-flame/.made  ## where the time of small and large steps goes; writes docs/flame-s1.svg, docs/flame-l1.svg, docs/performance.md
+	$(BIN)/python -m benchmarks.flame --spy .venv-flame/bin/py-spy $(ARGS)
+
+.venv-flame/.made: requirements-flame.lock
+	@echo "installing what looks at a running process …"
+	@$(PYTHON) -m venv .venv-flame
+	@.venv-flame/bin/python -m pip --disable-pip-version-check install --quiet --require-hashes -r requirements-flame.lock
+	@touch $@
+
 convergence: $(VENV)/.test  ## in how many steps each kind minimizes; writes docs/convergence.md (ARGS="adam lamb": these alone)
 	$(BIN)/python -m benchmarks.convergence --jobs 2 $(ARGS)
 
@@ -120,7 +129,8 @@ lock:  ## resolve the dependencies anew (needs uv)
 	$(COMPILE) $(EXTRAS) --group test -c requirements.lock pyproject.toml -o requirements-test.lock
 	$(COMPILE) --group fuzz -c requirements-test.lock -o requirements-fuzz.lock
 	$(COMPILE) --group audit -o requirements-audit.lock
+	$(COMPILE) --group flame -o requirements-flame.lock
 	$(COMPILE) --group demo -c requirements.lock -o requirements-demo.lock
 
 clean:  ## remove what was set up (the data of the service stay)
-	rm -rf $(VENV) .venv-oracles .venv-audit .venv-fuzz benchmarks/peers/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oracles .venv-audit .venv-fuzz .venv-flame benchmarks/peers/.venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

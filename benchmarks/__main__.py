@@ -9,19 +9,28 @@ from pathlib import Path
 from benchmarks import (
     core_rows,
     held,
+    idle_sessions,
     large_steps,
+    latency,
     machine,
     one_session,
     overload,
+    pictures,
     pulls,
     push_pull,
+    replicas,
     report,
+    session_memory,
     small_steps,
 )
 from benchmarks.measure import Plan, Result, say
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
-GROUPS = (core_rows, small_steps, large_steps, push_pull, one_session, pulls, held, overload)
+PICTURES = Path(__file__).parent / "pictures"
+GROUPS = (
+    core_rows, small_steps, large_steps, push_pull, one_session, pulls, idle_sessions, session_memory, replicas, held,
+    overload, latency,
+)  # fmt: skip
 CODES = [row.code for group in GROUPS for row in group.ROWS]
 LEAST_ROUNDS = 5
 
@@ -37,11 +46,13 @@ def main() -> None:
             if any(row.code in rows for row in group.ROWS):
                 results += group.run(rows, plan)
     before = report.earlier(RESULTS.read_text()) if RESULTS.exists() else {}
-    page = report.render(machine.describe(), results, before)
+    whole = set(rows) == set(CODES)
+    drawn = pictures.write(results, PICTURES) if whole else {}
+    page = report.render(machine.describe(), results, before, drawn)
     print(page)
-    if set(rows) == set(CODES):
+    if whole:
         RESULTS.write_text(page)
-        say("written to benchmarks/RESULTS.md")
+        say("written to benchmarks/RESULTS.md and benchmarks/pictures/")
 
 
 def _arguments() -> argparse.Namespace:

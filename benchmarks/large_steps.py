@@ -55,14 +55,14 @@ def _compare(row: Row, plan: Plan) -> Comparison:
     with ExitStack() as stack:
         server = stack.enter_context(processes.service(plan.directory))
         echo = stack.enter_context(processes.echo(plan.directory))
-        session = _session(server, size)
-        request = Request(f"{session}/steps", file)
+        path = session(server, size)
+        request = Request(f"{path}/steps", file)
         ours = Exchange(SERVICE, server, request, plan.seconds)
         theirs = Exchange(ECHO, echo, request, plan.seconds)
         ours.warm()
         server.wait_for(r"(compiled) ", COMPILE_SECONDS)
         rounds = alternate([ours, theirs], plan.rounds)
-        remark = _verify(server, session, ours)
+        remark = _verify(server, path, ours)
     return Comparison(row, "requests/s", rounds, [remark, f"A request has {len(file) / 1e6:.1f} MB each way."])
 
 
@@ -83,7 +83,7 @@ def file_head(size: int) -> bytes:
     return struct.pack("<Q", len(header)) + header
 
 
-def _session(server: Server, size: int) -> str:
+def session(server: Server, size: int) -> str:
     path = new_session(server, size)
     call(server.url, "PUT", path + "/params", safetensors(gradient(size)), MEDIA)
     return path
@@ -96,9 +96,9 @@ def new_session(server: Server, size: int, **members: Any) -> str:
     return path
 
 
-def _verify(server: Server, session: str, exchange: "Exchange") -> str:
+def _verify(server: Server, path: str, exchange: "Exchange") -> str:
     """Raises Unmeasured unless the store has exactly the steps that were answered."""
-    moved = json.loads(call(server.url, "GET", session))["step"]
+    moved = json.loads(call(server.url, "GET", path))["step"]
     if not moved == exchange.answered == exchange.last_step:
         raise Unmeasured(
             f"{exchange.answered} steps were answered, the last as step {exchange.last_step}, and the store has {moved}"

@@ -28,6 +28,7 @@ def describe() -> dict[str, str]:
         "Packages": ", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name))),
         "Store": f"{_valkey()}, on a unix socket, `everysec` (the default)",
         "Client": _wrk(),
+        "Proxy": _nginx(),
     }
 
 
@@ -73,6 +74,12 @@ def _wrk() -> str:
     """wrk has no option for its version alone: it says it before its usage."""
     found = re.match(r"wrk \S+", _output(["wrk", "-v"])) if shutil.which("wrk") else None
     return found[0] if found else "no wrk"
+
+
+def _nginx() -> str:
+    """It says so on standard error: "nginx version: nginx/1.22.1"."""
+    found = re.search(r"nginx/(\S+)", _output(["nginx", "-v"])) if shutil.which("nginx") else None
+    return f"nginx {found[1]}" if found else "no nginx"
 
 
 def _output(command: list[str]) -> str:

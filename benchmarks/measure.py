@@ -31,7 +31,8 @@ class Plan(NamedTuple):
 class Row(NamedTuple):
     """A line of the table. `ours` and `theirs` name contestants; `at_most` or `at_least` is the goal of the ratio.
 
-    A row that compares nothing has `holds` for its goal: what must be so, or it fails.
+    A row that compares nothing has `holds` for its goal: what must be so, or it fails. One without any goal is measured
+    for its figures.
     """
 
     code: str
@@ -47,7 +48,9 @@ class Row(NamedTuple):
     def goal(self) -> str:
         if self.holds:
             return self.holds
-        return f"≤ {self.at_most:g}" if self.at_most is not None else f"≥ {self.at_least:g}"
+        if self.at_most is not None:
+            return f"≤ {self.at_most:g}"
+        return "–" if self.at_least is None else f"≥ {self.at_least:g}"
 
     def met(self, ratio: float) -> bool:
         above = self.at_least is None or ratio >= self.at_least
@@ -132,7 +135,7 @@ def best(rounds: Sequence[Round], among: Sequence[str]) -> str:
 
 
 class Held(NamedTuple):
-    """A row that compares nothing: what had to hold did. `figures` are samples by the name of their case."""
+    """A row that compares nothing: what had to hold, if anything, did. `figures` are samples by the case's name."""
 
     row: Row
     unit: str
@@ -160,6 +163,17 @@ def one_by_one(rows: Sequence[Row], wanted: Collection[str], measure: Callable[[
                 yield measure(row)
             except Unmeasured as reason:
                 yield NotRun(row, str(reason))
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A contestant that is no program: what the others are held against."""
+
+    name: str
+    value: float
+
+    def turn(self) -> Sample:
+        return Sample(self.value, {})
 
 
 def alternate(contestants: Sequence[Contestant], rounds: int) -> list[Round]:

@@ -159,7 +159,7 @@ def main(url: str, rate: float, seconds: float, body: str, paths: list[str]) -> 
         f"failed={sum(load.failed.values())} p50={percentile(load.accepted, 0.5):.4f} "
         f"p99={percentile(load.accepted, 0.99):.4f} refusal={percentile(load.refused, 0.5):.4f} "
         f"late={percentile(load.late, 0.99):.4f} cpu={used:.3f} sent={load.sent} stepped={load.stepped} "
-        f"{dict(load.failed)}",
+        f"p999={percentile(load.accepted, 0.999):.4f} {dict(load.failed)}",
         flush=True,
     )
 

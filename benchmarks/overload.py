@@ -41,7 +41,7 @@ ROWS = (
 _CARRIED = re.compile(r"figures seconds=(\S+) accepted=(\d+) refused=(\d+) broken=(\d+) ")
 _FIGURES = re.compile(
     r"figures seconds=(\S+) accepted=(\d+) refused=(\d+) failed=(\d+) p50=(\S+) p99=(\S+) refusal=(\S+) "
-    r"late=(\S+) cpu=(\S+) sent=(\d+) stepped=(\d+)"
+    r"late=(\S+) cpu=(\S+) sent=(\d+) stepped=(\d+) p999=(\S+)"
 )
 
 

@@ -192,6 +192,19 @@ def peak_memory(pid: int) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
+def forget_peak(pid: int) -> None:
+    """The peak is from now on what it has now (proc(5), clear_refs). Raises Unmeasured where that is not allowed."""
+    try:
+        Path(f"/proc/{pid}/clear_refs").write_text("5")
+    except OSError as error:
+        raise Unmeasured(f"the peak of a process's memory cannot be reset: {error.strerror}") from None
+
+
+def resident_memory(pid: int) -> int:
+    """What a process has in memory now, in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _stat(pid: int) -> list[str]:
     """The fields of /proc/PID/stat from the third on: the second, the name, may hold anything."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()

@@ -3,6 +3,7 @@
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from benchmarks.core_rows import Worst
 from benchmarks.measure import Cell, Comparison, Grid, Held, Idle, NotRun, Result, Round, Sample
@@ -17,8 +18,13 @@ def earlier(page: str) -> dict[str, float]:
     return {code: float(ratio) for code, ratio in _LINE.findall(page)}
 
 
-def render(machine: dict[str, str], results: Sequence[Result], before: Mapping[str, float]) -> str:
-    """The whole page. `before` are the ratios of the last run, by row."""
+def render(
+    machine: dict[str, str],
+    results: Sequence[Result],
+    before: Mapping[str, float],
+    pictures: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The whole page. `before` are the ratios of the last run, by row; `pictures` are titles by the file's place."""
     compared = [result for result in results if isinstance(result, Comparison)]
     parts = [
         "# Results",
@@ -27,6 +33,7 @@ def render(machine: dict[str, str], results: Sequence[Result], before: Mapping[s
         "\n".join(f"- {name}: {text}" for name, text in (machine | _idleness(compared)).items()),
         _table(results, before),
         *_losses(compared, before),
+        *[f"![{title}]({place})" for place, title in pictures.items()],
         *[_part(result) for result in results if not isinstance(result, NotRun)],
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -71,7 +78,8 @@ def _table(results: Sequence[Result], before: Mapping[str, float]) -> str:
             )
             continue
         if isinstance(result, Held):
-            lines.append(f"| {row.code} | {row.case} | {row.against} | held | {row.goal} | yes | – |")
+            told = ("held", "yes") if row.holds else (f"[figures](#{row.code.lower()})", "–")
+            lines.append(f"| {row.code} | {row.case} | {row.against} | {told[0]} | {row.goal} | {told[1]} | – |")
             continue
         ratios = result.ratios
         shown = f"**{result.ratio:.2f}** ({min(ratios):.2f}–{max(ratios):.2f})"

@@ -80,7 +80,9 @@ def _compare(wanted: Sequence[Row], plan: Plan) -> list[Result]:
 
 @dataclass
 class Load:
-    """wrk's requests to one server. `count` gives the steps that its sessions stand at, in sum; `strict`: none lost."""
+    """wrk's requests to one server, or to the proxy at `url` before it. `count` gives the steps that its sessions stand
+    at, in sum; `strict`: none lost.
+    """
 
     name: str
     server: Server
@@ -88,6 +90,7 @@ class Load:
     seconds: int
     count: Callable[[], int] | None = None
     strict: bool = True
+    url: str = ""
     answered: int = 0
     runs: int = 0
 
@@ -103,7 +106,8 @@ class Load:
 
     def send(self, seconds: int) -> tuple[int, float, float, float]:
         """Requests that were answered, seconds, and the 50th and 99th percentile of the latency in ms."""
-        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(_SCRIPT), self.server.url, "--"]
+        url = self.url or self.server.url
+        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(_SCRIPT), url, "--"]
         done = subprocess.run([*command, body().decode(), *self.paths], capture_output=True, text=True, check=False)
         found = _FIGURES.search(done.stdout)
         if found is None:
@@ -131,7 +135,8 @@ class Load:
         )
 
 
-def _service(stack: ExitStack, plan: Plan) -> Load:
+def service_load(stack: ExitStack, plan: Plan) -> Load:
+    """The service, with its sessions."""
     server = stack.enter_context(processes.service(plan.directory))
     given = json.dumps({"optimizer": "adam", "params": {"w": [0.0] * SIZE}}).encode()
     ids = [json.loads(call(server.url, "POST", "/v1/sessions", given))["id"] for _ in range(SESSIONS)]
@@ -161,4 +166,4 @@ def _one_hour(stack: ExitStack, plan: Plan) -> Load:
     return Load(ONE_HOUR, server, [f"/sessions/{id_}/steps" for id_ in ids], plan.seconds, count, strict=False)
 
 
-_MAKERS = {SERVICE: _service, ECHO: _echo, ONE_HOUR: _one_hour}
+_MAKERS = {SERVICE: service_load, ECHO: _echo, ONE_HOUR: _one_hour}

@@ -1,0 +1,130 @@
+"""What makes figures into pages and pictures. The figures themselves are nothing to test: `make bench` takes them."""
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from benchmarks import __main__ as bench
+from benchmarks import flame, flame_picture, pictures, report
+from benchmarks.bars import LEFT, MOST, RIGHT, Bar, Missing, Panel, chart
+from benchmarks.measure import Comparison, Held, Idle, NotRun, Result, Round, Row, Sample
+
+ROWS = {row.code: row for group in bench.GROUPS for row in group.ROWS}
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = 'a < b & "c" > d'
+IDLE = Idle(100.0, 0.0)
+STACKS = """\
+_run (service/cli.py);Runner.run (asyncio/runners.py);run_forever (loop.c);uv__read (stream.c);read (libc.so.6) 3
+Runner.run (asyncio/runners.py);uv_run (core.c);uv__io_poll (linux.c);epoll_pwait (libc.so.6) 50
+run_forever (loop.c);App._answer (service/app.py);of_json (service/contributions.py);tensor (service/wire/json.py) 4
+send_reply (service/http.py);RequestResponseCycle.send (uvicorn/protocols/http/x.py);write (libc.so.6) 5
+Engine._run (service/engine.py);write (service/entries.py);write (service/wire/safetensors.py);0x7f00 (libc.so.6) 2
+Committer._append (service/commits.py);Store.append (service/store.py) 6
+Session.check (core/session.py);cast (/opt/app/core/layout.py) 1
+Thread._bootstrap (threading.py);Thread.run (threading.py);_worker (concurrent/futures/thread.py);wait (libc.so.6) 40
+Thread._bootstrap (threading.py);_worker (concurrent/futures/thread.py);adam (core/optimizers/adam.py) 7
+"""
+
+
+def compared(row: Row, values: tuple[float, ...]) -> Comparison:
+    rounds = [
+        Round({row.ours: Sample(value, {}), row.theirs: Sample(1.0, {})}, {row.ours: IDLE, row.theirs: IDLE})
+        for value in values
+    ]
+    return Comparison(row, "x", rounds)
+
+
+def figures(row: Row) -> Held:
+    samples = [Sample(1.0, {"p99 ms": 10.0, "p99.9 ms": 100.0, "requests": 7.0})] * 3
+    return Held(row, "p50 ms", {"at 50 %": samples, "at 80 %": samples}, [IDLE], [])
+
+
+def test_every_row_is_in_one_picture_unless_it_only_holds() -> None:
+    drawn = [code for group in pictures.GROUPS for code in group.codes]
+    assert sorted(drawn) == sorted(set(drawn))
+    assert set(drawn) <= set(ROWS)
+    assert {code for code, row in ROWS.items() if not row.holds} <= set(drawn)
+
+
+def test_bars_are_well_formed_and_end_where_they_should() -> None:
+    panel = Panel(HOSTILE, [Bar(HOSTILE, 1.0, 0.5, 1.5, HOSTILE, met=True), Missing(HOSTILE, HOSTILE)])
+    root = ElementTree.fromstring(chart(HOSTILE, [panel]))
+    assert root.get("aria-label") == HOSTILE
+    assert [text.text for text in root.iter(f"{SVG}text")].count(HOSTILE) == 5
+    (bar,) = (rect for rect in root.iter(f"{SVG}rect") if rect.get("class") == "met")
+    (goal,) = (line for line in root.iter(f"{SVG}line") if line.get("class") == "goal")
+    assert LEFT + float(bar.get("width", "0")) == pytest.approx(float(goal.get("x1", "0")), abs=0.2)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(0.5, "missed"), (100.0, "met")])
+def test_a_bar_stays_on_the_page(value: float, kind: str) -> None:
+    root = ElementTree.fromstring(chart("x", [Panel("x", [Bar("x", value, value, value, "x", met=kind == "met")])]))
+    (bar,) = (rect for rect in root.iter(f"{SVG}rect") if rect.get("class") == kind)
+    assert 0 < float(bar.get("width", "0")) <= RIGHT - LEFT
+    beyond = [path for path in root.iter(f"{SVG}path") if path.get("class") == kind]
+    assert len(beyond) == (value > MOST), "what goes beyond says so"
+
+
+def test_pictures_say_what_was_met(tmp_path: Path) -> None:
+    results: list[Result] = [compared(ROWS["S1"], (0.5, 0.6, 0.7)), compared(ROWS["S2"], (1.0, 2.0, 3.0))]
+    results += [NotRun(ROWS["L1"], "no | such thing"), figures(ROWS["LS"])]
+    drawn = pictures.write(results, tmp_path / "pictures")
+    assert set(drawn) == {"pictures/steps.svg", "pictures/latency.svg"}
+    texts = {place: (tmp_path / place).read_text() for place in drawn}
+    for text in texts.values():
+        ElementTree.fromstring(text)
+        assert text.count("http") == 1, "nothing from outside but the name of the format"
+    steps = texts["pictures/steps.svg"]
+    assert "0.60 (0.50–0.70), ≥ 0.45 met" in steps
+    assert "2.00 (1.00–3.00), ≥ 6 missed" in steps
+    assert "not run: no | such thing" in steps
+    assert texts["pictures/latency.svg"].count('class="plain"') == 6
+    page = report.render({}, results, {}, drawn)
+    assert all(f"]({place})" in page for place in drawn)
+
+
+def test_a_row_without_a_goal_has_its_figures_alone() -> None:
+    page = report.render({}, [figures(ROWS["LL"])], {})
+    assert "| [figures](#ll) | – | – | – |" in page
+    assert "| p99.9 ms | 100 (100–100) | 100 (100–100) |" in page
+
+
+def test_the_parts_of_a_flame_graph_add_up() -> None:
+    stacks = flame.read(STACKS)
+    assert sum(stacks.values()) == 28, "without those that wait"
+    assert flame.part_of(("event loop", "cast (core/layout.py)")) == flame.LOOP
+    counts = dict.fromkeys(flame.NAMES, 0)
+    for calls, count in stacks.items():
+        counts[flame.part_of(calls)] += count
+    assert counts == {
+        "HTTP": 0, "parsing": 4, "checking": 1, "entry": 2, "store": 6, "applying": 7, "reply": 5, "event loop": 3,
+    }  # fmt: skip
+    shares = flame.shares(stacks)
+    assert tuple(shares) == flame.NAMES == tuple(flame_picture.COLOURS) == tuple(flame.MEANINGS)
+    assert sum(shares.values()) == pytest.approx(100)
+
+
+def test_a_flame_graph_is_well_formed_and_names_no_machine() -> None:
+    stacks = flame.read(STACKS)
+    text = flame_picture.render(HOSTILE, stacks, flame.part_of)
+    root = ElementTree.fromstring(text)
+    assert "/opt/app" not in text
+    assert "0x7f00" not in text
+    titles = {title.text for title in root.iter(f"{SVG}title")}
+    assert "all: 100.0 %" in titles
+    assert "adam (core/optimizers/adam.py): 25.0 %" in titles
+
+
+def test_every_part_is_of_files_that_there_are() -> None:
+    """A module that was renamed would fall to its caller's part, silently."""
+    for part in flame.PARTS:
+        for frame in part.frames:
+            if frame.startswith(("service/", "core/")):
+                assert (bench.RESULTS.parent.parent / frame).exists(), frame
+
+
+def test_the_page_has_the_markers_that_make_flame_writes_between() -> None:
+    text = flame.PAGE.read_text()
+    assert text.count(flame.BEGIN) == text.count(flame.END) == 1
+    assert text.index(flame.BEGIN) < text.index(flame.END)
