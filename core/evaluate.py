@@ -24,8 +24,9 @@ from core.sums import BLOCK
 Formula: TypeAlias = Callable[..., Any]
 Empty: TypeAlias = Callable[[int, Any], Array]
 
-# Below this a compiled loop saves microseconds and is not worth two seconds of a core.
+# Below this a compiled loop saves 10 µs, and is worth two seconds of a core only after so many runs.
 WORTH_COMPILING = 16_384
+OFTEN = 10_000
 # NumPy works a dtype's name out anew each time, which takes as long as three operations on a small array.
 _NAMES = {"f": "float32", "d": "float64"}
 
@@ -64,32 +65,34 @@ class Evaluator:
         self.empty = empty
         self._on_missing = on_missing
         self._kernels: dict[Spec, Callable[..., None]] = {}
-        self._asked: set[Spec] = set()
+        self._runs: dict[Spec, int] = {}  # in NumPy so far
 
     def run(self, update: Formula, run: Run, coefficients: Sequence[float], *, needs_params: bool, add: bool) -> None:
         """Takes one step over `run`: slots change in place, `out` becomes u, or params + u if `add`.
 
-        Coefficients are float64 and are rounded to the dtype of `run.g` here.
+        Coefficients are float64 and are rounded to the dtype of `run.g` here. Overflows are for the caller to ignore,
+        by np.errstate: there is one around all of a step.
         """
         in_place = add and run.out is run.params
         dtype = _NAMES[run.g.dtype.char]
         spec = Spec(update, needs_params, len(run.slots), len(coefficients), dtype, add, in_place)
         kernel = self._kernels.get(spec)
-        if kernel is None and len(run.g) >= WORTH_COMPILING:
-            self._ask(spec)
-        with np.errstate(all="ignore"):
-            scalars = [run.g.dtype.type(value) for value in coefficients]
-            if kernel is None:
-                _run_blocks(update, run, scalars, needs_params=needs_params, add=add)
-                return
+        scalars = [run.g.dtype.type(value) for value in coefficients]
+        if kernel is None:
+            self._consider(spec, len(run.g))
+            _run_blocks(update, run, scalars, needs_params=needs_params, add=add)
+            return
         params = run.g if run.params is None else run.params
         kernel(run.g, params, *run.slots, *(() if in_place else (run.out,)), *scalars)
 
-    def _ask(self, spec: Spec) -> None:
-        if not self.available or self._on_missing is None or spec in self._asked:
+    def _consider(self, spec: Spec, size: int) -> None:
+        """Asks for a kernel once it would have been of use: for one long run, or for many short ones."""
+        if not self.available or self._on_missing is None:
             return
-        self._asked.add(spec)
-        self._on_missing(spec)
+        before = self._runs.get(spec, 0)
+        self._runs[spec] = now = before + (1 if size < WORTH_COMPILING else OFTEN)
+        if before < OFTEN <= now:
+            self._on_missing(spec)
 
     def compile(self, spec: Spec) -> None:
         """Compiles the kernel for `spec`, about 2 s, and puts it in use. May run in any thread."""

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import structlog
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from core.evaluate import Evaluator, Spec
 from service import __version__, schemas
@@ -22,7 +23,7 @@ from service.access.keys import KnownKeys
 from service.access.quotas import Quotas
 from service.access.usage import Quota
 from service.acks import AckImpossible, Asked
-from service.admission import Admission, Limits, Ticket
+from service.admission import TICKET, Admission, Limits, Ticket
 from service.control import create_control
 from service.data import DataPlane
 from service.embedded import Embedded
@@ -39,6 +40,7 @@ from service.problems import HTTPError, refused_as
 from service.recycling import blocks
 from service.replies import refusal
 from service.settings import Settings
+from service.short_way import ShortWay
 from service.store import Store
 from service.tracing import Tracing
 from service.valkey import EmbeddedFailed
@@ -80,6 +82,7 @@ class App:
         self._requests = RequestMeters([Route(*route) for route in routes], PROBLEMS)
         self._compilations = CompileMeters()
         self._tracing: Tracing | None = None
+        self._short: ShortWay | None = None
         self._handle: Callable[[Scope, Receive, Send], Awaitable[None]] = self._request
         self._told_to_stop = False
         self._failpoints = Failpoints(settings.failpoints)
@@ -115,6 +118,8 @@ class App:
             self._tracing = Tracing(self._requests.template, __version__)
             self._engine.trace(self._tracing)
             self._handle = self._tracing.traced(self._request)
+        elif not self._failing:  # both look into each message of a reply
+            self._short = self._way(self._gate, self._quotas, self._engine)
         metrics = self._metrics(self._store, self._engine)
         if self._berth is not None:
             self._scrape = Scrape(self._berth, metrics.text)
@@ -122,6 +127,14 @@ class App:
         self._control = create_control(
             self._engine, max_body=self.settings.max_body, version=__version__, metrics=self._scrape or metrics
         )
+
+    def _way(self, gate: Gate, quotas: Quotas, engine: Engine) -> ShortWay:
+        limit, meters = self.settings.max_body, self._requests
+        return ShortWay(self.admission, gate, quotas, engine, meters, self._access, limit=limit, named=_request_id)
+
+    def takes(self, cycle: RequestResponseCycle) -> bool:
+        """Whether a request is dealt with right away, without a call of this application."""
+        return self._short is not None and self._short.take(cycle)
 
     def _metrics(self, store: Store, engine: Engine) -> Metrics:
         kind = "redis" if self.settings.redis_url else "embedded"
@@ -276,7 +289,7 @@ class App:
             await send(message)
 
         try:
-            ticket = self.admission.enter(scope)
+            ticket = scope.get(TICKET) or self.admission.enter(scope)  # the short way may have let it in
             await self._answer(scope, receive, send_with_id)
         except Overloaded as error:
             if status == 0:

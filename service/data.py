@@ -21,12 +21,11 @@ from functools import partial
 from time import monotonic
 from typing import Final, Literal, TypeAlias, TypeVar, get_args
 
-from xxhash import xxh3_128
-
 from core.aggregation.ledger import is_name
 from core.errors import CoreError, TooFarAhead
 from service import contributions, replies
 from service.access.rights import access_of, path_of
+from service.asked import asked, contributed, step_request
 from service.documents import Event, Pending, StepRequest
 from service.engine import Engine
 from service.errors import Fault, InvalidRequest, Overloaded, ServiceError, StoreFull, StoreUnavailable
@@ -41,7 +40,6 @@ from service.http import (
     Send,
     Waits,
     body_format,
-    idempotency_key,
     last_event_id,
     media_type,
     negotiate,
@@ -136,27 +134,11 @@ class DataPlane:
 
     async def _read_step(self, request: Request, preferred: Mapping[str, str]) -> tuple[StepRequest, Format, bool]:
         """The step, the format of its answer, and whether that is to be minimal because of `Prefer`."""
-        form = body_format(request.header(b"content-type"))
-        answer = negotiate(request.header(b"accept"), form, ("json", "safetensors"))
-        given = request.query(contributions.QUERY_MEMBERS if form == "safetensors" else ())
-        members = contributions.members_of_query(given)
-        key = idempotency_key(request.header(b"idempotency-key"))
-        if_match = preconditions(request.header(b"if-match"))
+        head = asked(request)
         body = await request.body(self._limit)
-        if form == "json":
-            contribution, members = await _parsed(contributions.of_json, body)
-        else:
-            contribution = contributions.of_safetensors(body, members)
+        contribution, members = await _parsed(partial(contributed, head), body, head.form)
         minimal = "return" not in members and preferred.get("return") == "minimal"
-        step = StepRequest(
-            contribution,
-            "none" if minimal else members.get("return"),
-            len(body),
-            if_match,
-            key,
-            "" if key is None else _digest(form, body, request.scope["query_string"]),
-        )
-        return step, answer, minimal
+        return step_request(head, body, contribution, members, minimal=minimal), head.answer, minimal
 
     async def _contribute(
         self, session: str, request: Request, step: StepRequest, answer: Format, seconds: float
@@ -214,10 +196,8 @@ class DataPlane:
         request.query()
         if_match = preconditions(request.header(b"if-match"))
         body = await request.body(self._limit)
-        if form == "json":
-            params = await _parsed(contributions.params_of_json, body)
-        else:
-            params = contributions.params_of_safetensors(body)
+        read = contributions.params_of_json if form == "json" else contributions.params_of_safetensors
+        params = await _parsed(read, body, form)
         stamp = await self._engine.put_params(session, params, if_match)
         return replies.document(200, {"step": stamp.step}, replies.stamped(stamp))
 
@@ -264,8 +244,8 @@ class DataPlane:
         await send({"type": "http.response.body", "body": b""})
 
 
-async def _parsed(read: Callable[[Body], T], body: Body) -> T:
-    return read(body) if len(body) < LARGE_JSON else await asyncio.to_thread(read, body)
+async def _parsed(read: Callable[[Body], T], body: Body, form: Format) -> T:
+    return await asyncio.to_thread(read, body) if form == "json" and len(body) >= LARGE_JSON else read(body)
 
 
 async def _relay(events: AsyncIterator[Event], send: Send) -> None:
@@ -306,13 +286,6 @@ def _wait_preferred(preferred: Mapping[str, str]) -> float:
         return 0.0
     seconds = contributions.number(preferred["wait"])
     return min(max(seconds or 0.0, 0.0), MAX_WAIT)
-
-
-def _digest(form: Format, body: Body, query: bytes) -> str:
-    """What two sendings of one contribution have in common: its inflated body, its format and its query."""
-    digest = xxh3_128(body)
-    digest.update(b"&".join([form.encode(), *sorted(query.split(b"&"))]))
-    return digest.hexdigest()
 
 
 def _point(members: Mapping[str, str]) -> tuple[At, int | None, float]:

@@ -275,6 +275,15 @@ class Engine:
                 return result  # it is in the log, whatever became of the closing
         return result
 
+    def begin(self, id_: str, request: StepRequest, encode: Callable[[Applied], Any]) -> "asyncio.Future[Any] | None":
+        """As `step`, for a session that is in memory and has no rounds: what it will give. None for any other."""
+        live = self._live.get(id_)
+        if live is None or live.session.recipe.aggregation.rounds:
+            return None
+        change = Change(new_future(), request.if_match, request.size, step=request, encode=encode)
+        self._queue(live, change)
+        return change.future
+
     async def round(
         self, id_: str, request: StepRequest, pending: Pending, encode: Callable[[Applied], T]
     ) -> T | Pending:
@@ -398,15 +407,15 @@ class Engine:
     async def _enqueue(self, id_: str, item: Change | Look) -> Any:
         if self._committer.tracing is not None:
             self._committer.tracing.asked(item.future)
-        live = self._live.get(id_)
-        if live is None:
-            live = await self._residents.load(checked_id(id_))
-        else:
-            self._live.move_to_end(id_)
+        self._queue(self._live.get(id_) or await self._residents.load(checked_id(id_)), item)
+        return await item.future
+
+    def _queue(self, live: Live, item: Change | Look) -> None:
+        if live.id in self._live:
+            self._live.move_to_end(live.id)
         live.queue.append(item)
         if live.runner is None:
             live.runner = self._spawn(self._run(live))
-        return await item.future
 
     def _spawn(self, coroutine: Any) -> "asyncio.Task[Any]":
         task: asyncio.Task[Any] = asyncio.create_task(coroutine)

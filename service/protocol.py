@@ -23,7 +23,7 @@ A WebSocket is not offered; a request to upgrade to anything is answered as if i
 import asyncio
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, Protocol, cast
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
@@ -37,6 +37,7 @@ MAX_HEAD: Final = 64 << 10  # bytes
 MAX_HEADERS: Final = 100
 # An unwanted body up to so long is read to its end, and the connection kept.
 DRAINED: Final = 1 << 20
+STEPS: Final = "/steps"  # what may be dealt with without the application ends so
 # Requests that wait behind one in flight: in a connection, and in all for each that may be in flight.
 PIPELINED, PIPELINED_OF_ALL = 256, 16
 HEARD_BEHIND: Final = 16  # of them, while the one in flight waits: more are not read
@@ -49,10 +50,21 @@ _VERSIONS: Final = frozenset(("1.0", "1.1"))
 _LOOKED_AT: Final = frozenset((b"host", b"transfer-encoding", b"expect"))
 
 
+class Takes(Protocol):
+    """Whether a request is dealt with, now or later, without the application."""
+
+    def __call__(self, cycle: RequestResponseCycle, /) -> bool: ...
+
+
+def _none(_: RequestResponseCycle) -> bool:
+    return False
+
+
 class Guarded(HttpToolsProtocol):
-    """One connection. `admission` is set by `guarded`."""
+    """One connection. `admission` and `takes` are set by `guarded`."""
 
     admission: ClassVar[Admission]
+    takes: ClassVar[Takes]
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -358,7 +370,14 @@ class Guarded(HttpToolsProtocol):
                 return
             cycle.scope[READY] = self.loop.time()  # type: ignore[typeddict-unknown-key]
             self.admission.begun += 1
-        super()._start_asgi_task(cycle, app)
+        if cycle.scope["path"].endswith(STEPS) and cycle.scope["method"] == "POST":
+            self.loop.call_soon(self._begin, cycle, app)  # once the body that came with the head is there
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if not self.takes(cycle):
+            super()._start_asgi_task(cycle, app)
 
     def _decide(self) -> None:
         """What came is parsed. A request that there is no room for is refused here and now if it is whole.
@@ -495,6 +514,9 @@ def _reply(
     return STATUS_LINE[problem.status] + head + b"\r\n" + (document if body else b"")
 
 
-def guarded(admission: Admission) -> type[Guarded]:
-    """The protocol for a uvicorn.Config(http=…, ws="none") whose connections `admission` counts."""
-    return type("Guarded", (Guarded,), {"admission": admission})
+def guarded(admission: Admission, takes: Takes = _none) -> type[Guarded]:
+    """The protocol for a uvicorn.Config(http=…, ws="none") whose connections `admission` counts.
+
+    `takes` is asked first; the application is called for what it does not take.
+    """
+    return type("Guarded", (Guarded,), {"admission": admission, "takes": staticmethod(takes)})

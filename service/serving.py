@@ -36,7 +36,7 @@ def run(settings: Settings, berth: Berth | None = None, sockets: Sequence[socket
         app.handovers = handovers.counts
     config = uvicorn.Config(
         app,
-        http=guarded(app.admission) if handovers is None else routed(app.admission, handovers),
+        http=guarded(app.admission, app.takes) if handovers is None else routed(app.admission, handovers, app.takes),
         ws="none",
         lifespan="on",
         host=settings.host,

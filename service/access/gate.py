@@ -103,6 +103,22 @@ class Gate:
             raise Unauthenticated
         return ANYBODY
 
+    def at_once(self, scope: Scope, headers: Mapping[bytes, bytes], session: str) -> Access | None:
+        """Who sends a step to this session, and may, where nobody need be asked; None: `caller` and `check` are to say.
+
+        `headers` are all there are, each of them once.
+        """
+        given = headers.get(b"authorization")
+        access: Access | None
+        if given is not None:
+            scheme, _, text = given.partition(b" ")
+            access = self._known.remembered(text) if scheme.lower() == b"bearer" else None
+        else:
+            access = None if self._asks or not self._may_be_keyless(scope, headers) else ANYBODY
+        if access is None or self._tenants.get(session) != access.tenant or granted(access) < Right.WORK:
+            return None
+        return access if access.scope != "worker" or access.session == session else None
+
     async def check(self, access: Access, scope: Scope) -> None:
         """Whether they may. Raises NotFound, MethodNotAllowed, SessionNotFound, Forbidden, StoreUnavailable, and what
         the engine says of a session that it cannot read.

@@ -196,6 +196,14 @@ class KnownKeys:
             return None
         return seen.access if seen.key.is_secret(digest) else None
 
+    def remembered(self, text: bytes) -> Access | None:
+        """The same, where the store need not be asked; None: `caller` is to say."""
+        found = parsed(text)
+        seen = None if found is None else self._seen.get(found[0])
+        if found is None or seen is None or monotonic() - seen.at >= BELIEVED or seen.key.expired:
+            return None
+        return seen.access if seen.key.is_secret(digest_of(found[1])) else None
+
     async def valid(self, id_: str, believed: float = BELIEVED) -> bool:
         """Whether the key is valid now, as the store said at most `believed` seconds ago. Raises StoreUnavailable."""
         return await self._valid(id_, believed) is not None

@@ -71,9 +71,13 @@ class Quotas:
         self._storage = _Storage(call)
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
 
+    def counts(self, access: Access) -> bool:
+        """Whether anything of this caller is counted."""
+        return self._rate is not None or access.rate is not None or self._requests is not None
+
     async def enter(self, access: Access, scope: Scope) -> "Turn | None":
         """None where nothing is counted. Raises QuotaExceeded, StoreUnavailable."""
-        if self._rate is None and access.rate is None and self._requests is None:
+        if not self.counts(access):
             return None
         if path_of(scope) in UNCOUNTED and granted(access) is Right.OPERATOR:
             return None

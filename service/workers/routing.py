@@ -20,7 +20,7 @@ import xxhash
 
 from service.admission import Admission
 from service.outlet import PlainOutlet
-from service.protocol import BETWEEN, Guarded
+from service.protocol import BETWEEN, Guarded, Takes
 from service.workers.berth import Berth
 from service.workers.links import Landing, Link
 
@@ -136,7 +136,7 @@ class Routed(Guarded):
         return True
 
 
-def routed(admission: Admission, handovers: Handovers) -> type[Guarded]:
+def routed(admission: Admission, handovers: Handovers, takes: Takes) -> type[Guarded]:
     """The protocol for a uvicorn.Config, as protocol.guarded gives it, that routes by `handovers`."""
-    members: dict[str, Any] = {"admission": admission, "handovers": handovers}
+    members: dict[str, Any] = {"admission": admission, "handovers": handovers, "takes": staticmethod(takes)}
     return type("Routed", (Routed,), members)

@@ -17,7 +17,7 @@ import pytest
 
 import core.evaluate
 from core.errors import InvalidRecipe
-from core.evaluate import WORTH_COMPILING, Evaluator, Run, Spec
+from core.evaluate import OFTEN, WORTH_COMPILING, Evaluator, Run, Spec
 from core.layout import Array
 from core.optimizers import KINDS, ElementWise
 from core.optimizers.descent import Sgd, descend
@@ -189,6 +189,19 @@ def test_a_kernel_is_asked_for_once_and_only_where_it_pays() -> None:
     for _ in range(3):
         step(session, {"w": np.ones(WORTH_COMPILING)})
     assert asked == [Spec(descend, False, 0, 1, "float32", True)]
+
+
+@needs_numba
+def test_small_steps_are_worth_a_kernel_too_once_there_were_many() -> None:
+    asked: list[Spec] = []
+    evaluator = Evaluator(on_missing=asked.append)
+    run = Run(np.ones(3), np.ones(3), [], np.empty(3))
+    for _ in range(OFTEN - 1):
+        evaluator.run(descend, run, [0.5], needs_params=False, add=True)
+    assert asked == []
+    for _ in range(2):
+        evaluator.run(descend, run, [0.5], needs_params=False, add=True)
+    assert asked == [Spec(descend, False, 0, 1, "float64", True)]
 
 
 @pytest.mark.parametrize("formula", FORMULAS)
