@@ -24,9 +24,10 @@ from core.sums import BLOCK
 Formula: TypeAlias = Callable[..., Any]
 Empty: TypeAlias = Callable[[int, Any], Array]
 
-# Below this a compiled loop saves 10 µs, and is worth two seconds of a core only after so many runs.
+# A compiled loop saves 5 ns an element and 10 µs a run. Below so many elements that is worth two seconds of a core only
+# once there was much of it: so many elements in all, where a run counts as SETUP of them more.
 WORTH_COMPILING = 16_384
-OFTEN = 10_000
+MUCH, SETUP = 20_000_000, 2_000
 # NumPy works a dtype's name out anew each time, which takes as long as three operations on a small array.
 _NAMES = {"f": "float32", "d": "float64"}
 
@@ -65,7 +66,7 @@ class Evaluator:
         self.empty = empty
         self._on_missing = on_missing
         self._kernels: dict[Spec, Callable[..., None]] = {}
-        self._runs: dict[Spec, int] = {}  # in NumPy so far
+        self._done: dict[Spec, int] = {}  # in NumPy so far: elements, with SETUP for each run
 
     def run(self, update: Formula, run: Run, coefficients: Sequence[float], *, needs_params: bool, add: bool) -> None:
         """Takes one step over `run`: slots change in place, `out` becomes u, or params + u if `add`.
@@ -89,9 +90,9 @@ class Evaluator:
         """Asks for a kernel once it would have been of use: for one long run, or for many short ones."""
         if not self.available or self._on_missing is None:
             return
-        before = self._runs.get(spec, 0)
-        self._runs[spec] = now = before + (1 if size < WORTH_COMPILING else OFTEN)
-        if before < OFTEN <= now:
+        before = self._done.get(spec, 0)
+        self._done[spec] = now = before + (size + SETUP if size < WORTH_COMPILING else MUCH)
+        if before < MUCH <= now:
             self._on_missing(spec)
 
     def compile(self, spec: Spec) -> None:

@@ -109,6 +109,7 @@ class Live:
     closed: Closed | None = None
     asked: bool = False  # whether a worker of the open round wants the updates, though the parameters are held
     safe: str = ""  # the last commit known to be as safe as was asked for
+    weighed: tuple[Any, int] = (None, 0)  # of what `cost` was worked out, and what it was
 
     @property
     def stamp(self) -> Stamp:
@@ -142,10 +143,21 @@ class Live:
 
     @property
     def cost(self) -> int:
-        """Bytes of memory, estimated."""
-        kept = sum(entry.updates.nbytes for entry in self.kept.values())
-        workers = WORKER_COST * len(self.session.state.ledger.workers)
-        return self.session.state.nbytes + kept + KEY_COST * len(self.done) + workers + OVERHEAD
+        """Bytes of memory, estimated; asked after every step, few of which change anything about it."""
+        state = self.session.state
+        workers = len(state.ledger.workers)
+        arrays = self._fixed if not (workers or state.ledger.received) else state.nbytes
+        kept = sum([entry.updates.nbytes for entry in self.kept.values()]) if self.kept else 0
+        return arrays + kept + KEY_COST * len(self.done) + WORKER_COST * workers + OVERHEAD
+
+    @property
+    def _fixed(self) -> int:
+        """The bytes of the state, of which nothing but the recipe says, and who holds the parameters, what there is."""
+        session = self.session
+        of = (session.recipe, session.state.params is None)
+        if self.weighed[0] is None or self.weighed[0][0] is not of[0] or self.weighed[0][1] != of[1]:
+            self.weighed = of, session.state.nbytes
+        return self.weighed[1]
 
     def rebase(self, snap: str, chunks: int, base: int) -> None:
         """The store has the snapshot `snap` of the state after entry `base`; the log begins behind it."""

@@ -37,7 +37,9 @@ MAX_HEAD: Final = 64 << 10  # bytes
 MAX_HEADERS: Final = 100
 # An unwanted body up to so long is read to its end, and the connection kept.
 DRAINED: Final = 1 << 20
-STEPS: Final = "/steps"  # what may be dealt with without the application ends so
+# What may be dealt with without the application ends so; for so many turns of the loop its body is waited for, which
+# is there with the head, or right behind it, where a client writes the two one after the other.
+STEPS, BODY_TURNS = "/steps", 2
 # Requests that wait behind one in flight: in a connection, and in all for each that may be in flight.
 PIPELINED, PIPELINED_OF_ALL = 256, 16
 HEARD_BEHIND: Final = 16  # of them, while the one in flight waits: more are not read
@@ -371,12 +373,14 @@ class Guarded(HttpToolsProtocol):
             cycle.scope[READY] = self.loop.time()  # type: ignore[typeddict-unknown-key]
             self.admission.begun += 1
         if cycle.scope["path"].endswith(STEPS) and cycle.scope["method"] == "POST":
-            self.loop.call_soon(self._begin, cycle, app)  # once the body that came with the head is there
+            self.loop.call_soon(self._begin, cycle, app, BODY_TURNS)
         else:
             super()._start_asgi_task(cycle, app)
 
-    def _begin(self, cycle: RequestResponseCycle, app: Any) -> None:
-        if not self.takes(cycle):
+    def _begin(self, cycle: RequestResponseCycle, app: Any, turns: int) -> None:
+        if cycle.more_body and turns and not cycle.disconnected:
+            self.loop.call_soon(self._begin, cycle, app, turns - 1)
+        elif not self.takes(cycle):
             super()._start_asgi_task(cycle, app)
 
     def _decide(self) -> None:

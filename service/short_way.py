@@ -78,9 +78,15 @@ class ShortWay:
         self._most = min(limit, SMALL - 1)
         self._named = named
         self._sending: set[asyncio.Task[None]] = set()
+        self.counts = {"short": 0, "usual": 0}  # requests to take a step, by the way they went
 
     def take(self, cycle: RequestResponseCycle) -> bool:
         """Whether the request of `cycle` goes this way; if so it is answered, now or later."""
+        taken = self._takes(cycle)
+        self.counts["short" if taken else "usual"] += 1
+        return taken
+
+    def _takes(self, cycle: RequestResponseCycle) -> bool:
         scope: Scope = cycle.scope  # type: ignore[assignment]
         if cycle.more_body or cycle.disconnected or cycle.flow.write_paused or len(cycle.body) > self._most:
             return False

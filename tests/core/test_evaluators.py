@@ -17,7 +17,7 @@ import pytest
 
 import core.evaluate
 from core.errors import InvalidRecipe
-from core.evaluate import OFTEN, WORTH_COMPILING, Evaluator, Run, Spec
+from core.evaluate import MUCH, SETUP, WORTH_COMPILING, Evaluator, Run, Spec
 from core.layout import Array
 from core.optimizers import KINDS, ElementWise
 from core.optimizers.descent import Sgd, descend
@@ -196,7 +196,7 @@ def test_small_steps_are_worth_a_kernel_too_once_there_were_many() -> None:
     asked: list[Spec] = []
     evaluator = Evaluator(on_missing=asked.append)
     run = Run(np.ones(3), np.ones(3), [], np.empty(3))
-    for _ in range(OFTEN - 1):
+    for _ in range(MUCH // (SETUP + 3)):
         evaluator.run(descend, run, [0.5], needs_params=False, add=True)
     assert asked == []
     for _ in range(2):
