@@ -109,7 +109,7 @@ class App:
         evaluator = Evaluator(self._compile if self.settings.jit else None, blocks.empty)
         budget, max_state = self.settings.memory, self.settings.max_state
         quota = Quota(self.settings.max_sessions, self.settings.max_tenant_state)
-        self._engine = Engine(self._store, evaluator, schemas.document_of, budget, max_state, quota)
+        self._engine = Engine(self._store, evaluator, schemas.document_of, budget, max_state, quota, schemas.brief_of)
         await self._engine.start()
         self._gate = await self._guarded(self._store, self._engine)
         self._quotas = Quotas(self._store.link.call, self.settings.rate, self.settings.max_tenant_requests)

@@ -40,7 +40,7 @@ from service.errors import (
 )
 from service.ids import checked_id, new_id
 from service.index import DEFAULT_TENANT
-from service.live import DocumentReader, Live
+from service.live import DocumentReader, DocumentWriter, Live
 from service.objects import record_of, session_object
 from service.records import Head, Stored
 from service.residents import Residents
@@ -59,8 +59,10 @@ WORTH_A_SNAPSHOT = 32
 
 
 class Engine:
-    """`read_document` makes a Document of its JSON. Live sessions may take `budget` bytes of memory together, the
-    state of one of them `max_state`; each tenant may have `quota`.
+    """`read_document` makes a Document of its JSON; `brief`, of a Document, as much JSON as that needs.
+
+    Live sessions may take `budget` bytes of memory together, the state of one of them `max_state`; each tenant may have
+    `quota`.
     """
 
     def __init__(
@@ -71,8 +73,10 @@ class Engine:
         budget: int,
         max_state: int,
         quota: Quota = UNLIMITED,
+        brief: DocumentWriter = Document.describe,
     ) -> None:
         self._store = store
+        self._brief = brief
         self.evaluator = evaluator
         self._read_document = read_document
         self._max_state = max_state
@@ -82,7 +86,7 @@ class Engine:
         self._live, self._heads = self._residents.live, self._residents.heads
         self._deadlines = Deadlines(store.index, self.close_round)
         self._committer = Committer(store, self._deadlines, read_document, self._heads, self._residents.read)
-        self._snapshots = Snapshots(store, self._spawn)
+        self._snapshots = Snapshots(store, self._spawn, brief)
         self._waiting = Waiting(store, self._heads)
 
     async def start(self) -> None:
@@ -154,9 +158,10 @@ class Engine:
         """
         id_, snap = new_id(), secrets.token_hex(4)
         await self._tenants.enter(tenant, id_, document.labels, bytes_of(document.recipe))
+        first = partial(files.first, new=new)
         try:
             session = await make()
-            fields, pieces = await self._apart(document, files.first, session, document, new)()
+            fields, pieces = await self._apart(document, first, session, document, self._brief)()
             if tenant != DEFAULT_TENANT:
                 fields["tenant"] = tenant
             deadline = session.state.ledger.deadline(document.recipe.aggregation)

@@ -48,7 +48,9 @@ ROUND = ":round"
 # How many values of schedules are computed for one request.
 MOST_VALUES = 250_000
 
+# From JSON, and to as much of it as the former needs.
 DocumentReader = Callable[[Mapping[str, Any]], Document]
+DocumentWriter = Callable[[Document], dict[str, Any]]
 
 
 class Done(NamedTuple):
@@ -341,10 +343,21 @@ def checkpoint(session: Session, document: Document) -> tuple[dict[str, Array], 
     return tensors_of(session.recipe, session.state), text
 
 
-def snapshot(live: Live, *, copy: bool) -> tuple[dict[str, Array], dict[str, str]]:
+def stored(session: Session, document: Document, brief: DocumentWriter) -> tuple[dict[str, Array], dict[str, str]]:
+    """The checkpoint as it is put into the store, where every byte of an idle session counts.
+
+    Most of a small one's would be defaults, which the head names as well. A release that changes one has to change
+    FORMAT with it.
+    """
+    tensors, text = checkpoint(session, document)
+    described = brief(document)
+    described.pop("created_at", None)
+    return tensors, text | {"recipe": orjson.dumps(described).decode()}
+
+
+def snapshot(live: Live, brief: DocumentWriter, *, copy: bool) -> tuple[dict[str, Array], dict[str, str]]:
     """The checkpoint, and what only the service remembers: from a copy, or views of what the next step changes."""
-    session = live.frozen() if copy else live.session
-    tensors, text = checkpoint(session, live.document)
+    tensors, text = stored(live.frozen() if copy else live.session, live.document, brief)
     text |= {"commit": live.head.commit, "mark": live.head.mark, "seq": str(live.head.seq)}
     if live.closed is not None:
         text["closed"] = orjson.dumps([*live.closed]).decode()
@@ -358,7 +371,9 @@ def snapshot(live: Live, *, copy: bool) -> tuple[dict[str, Array], dict[str, str
     return tensors, text
 
 
-def first(session: Session, document: Document, new: bool) -> tuple[dict[str, str | int | bytes], Pieces]:
+def first(
+    session: Session, document: Document, brief: DocumentWriter, *, new: bool
+) -> tuple[dict[str, str | int | bytes], Pieces]:
     """What the store is given of a session that is made: the fields of its head, and its first snapshot.
 
     `new`: it is at its very start. Raises InvalidRequest where it could not be read back.
@@ -368,6 +383,7 @@ def first(session: Session, document: Document, new: bool) -> tuple[dict[str, st
         raise InvalidRequest([Fault("/shapes", "the checkpoint's header would be longer than what is read back")])
     if new:  # what every session starts with need not be stored
         tensors = {name: array for name, array in tensors.items() if ":" not in name}
+    text = stored(session, document, brief)[1]
     commit, held = new_commit(), session.state.params is not None
     fields: dict[str, str | int | bytes] = {"commit": commit, "step": session.state.step, "time": document.created_at}
     fields |= {"document": orjson.dumps(describe(document)), "held": int(held)}

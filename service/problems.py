@@ -4,7 +4,7 @@
 client learns nothing but that it happened. `page_of` and `index` are what a GET on a problem's `type` gives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from html import escape
@@ -14,6 +14,7 @@ from urllib.parse import quote
 import structlog
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from core import errors as core
 from service import errors as service
@@ -157,6 +158,24 @@ def problem_of(error: Exception, instance: str) -> Problem:
         log.error("request failed", problem=problem.slug, path=instance, exc_info=error)
     forget_way(error)
     return problem
+
+
+def as_sent(
+    error: Exception,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+    path: str = "/",
+    *,
+    keep: bool = False,
+    body: bool = True,
+) -> bytes:
+    """The whole reply that tells of `error`, and the end of the connection unless it is to be kept."""
+    problem = told(error, path)
+    document = problem.body_bytes()
+    lines = {**dict(headers), **dict(problem.headers), b"content-length": b"%d" % len(document)}
+    if not keep:
+        lines[b"connection"] = b"close"
+    head = b"".join(b"%s: %s\r\n" % line for line in lines.items())
+    return STATUS_LINE[problem.status] + head + b"\r\n" + (document if body else b"")
 
 
 def forget_way(error: BaseException) -> None:

@@ -21,17 +21,18 @@ A WebSocket is not offered; a request to upgrade to anything is answered as if i
 """
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, ClassVar, Final, Protocol, cast
 
 import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from service.admission import ALWAYS, ARRIVED, READY, TICKET, Admission, Ticket
+from service.flow import Flow
 from service.outlet import PlainOutlet, TlsOutlet, outlet_of
-from service.problems import HeadTooLarge, MalformedRequest, RequestTimeout, told
+from service.problems import HeadTooLarge, MalformedRequest, RequestTimeout, as_sent
 
 MAX_HEAD: Final = 64 << 10  # bytes
 MAX_HEADERS: Final = 100
@@ -108,7 +109,7 @@ class Guarded(HttpToolsProtocol):
         error = self.admission.overloaded("connections")
         self._outlet = outlet_of(self, transport, counted=False)
         self.transport = cast("asyncio.Transport", self._outlet)
-        transport.write(_reply(error))
+        transport.write(as_sent(error))
         self._outlet.end()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -350,7 +351,7 @@ class Guarded(HttpToolsProtocol):
         reason = next(name for kind, name in _CUT if isinstance(error, kind))
         self.admission.cut[reason] += 1
         if not isinstance(error, _NotRead):
-            outlet.write(_reply(error, self.server_state.default_headers))
+            outlet.write(as_sent(error, self.server_state.default_headers))
         outlet.end()
 
     @property
@@ -402,7 +403,7 @@ class Guarded(HttpToolsProtocol):
         scope = cast("dict[str, Any]", cycle.scope)
         error = self.admission.overloaded("requests")
         headers = [*self.server_state.default_headers, (b"x-request-id", self.admission.told(scope))]
-        reply = _reply(error, headers, scope["path"], keep=cycle.keep_alive, body=scope["method"] != "HEAD")
+        reply = as_sent(error, headers, scope["path"], keep=cycle.keep_alive, body=scope["method"] != "HEAD")
         self.transport.write(reply)
         if not cycle.keep_alive:
             self.transport.close()
@@ -477,45 +478,6 @@ _CUT: Final = (
     (_NotRead, "pipelined"),
     (Exception, "malformed"),
 )
-
-
-class Flow(FlowControl):
-    """Nothing more is read while requests wait for their turn.
-
-    Unless the one that runs waits itself, and not much was sent behind it: a client that goes is noticed by reading.
-    """
-
-    def __init__(self, transport: asyncio.Transport, protocol: Guarded) -> None:
-        super().__init__(transport)
-        self._protocol = protocol
-
-    def pause_reading(self) -> None:
-        if not self._protocol.listens(self._protocol.pipeline):
-            super().pause_reading()
-
-    def resume_reading(self) -> None:
-        if self.read_paused:
-            pipeline = self._protocol.pipeline
-            if not pipeline or self._protocol.listens(pipeline):
-                super().resume_reading()
-
-
-def _reply(
-    error: Exception,
-    headers: Iterable[tuple[bytes, bytes]] = (),
-    path: str = "/",
-    *,
-    keep: bool = False,
-    body: bool = True,
-) -> bytes:
-    """The problem document of `error`, and the end of the connection unless it is to be kept."""
-    problem = told(error, path)
-    document = problem.body_bytes()
-    lines = {**dict(headers), **dict(problem.headers), b"content-length": b"%d" % len(document)}
-    if not keep:
-        lines[b"connection"] = b"close"
-    head = b"".join(b"%s: %s\r\n" % line for line in lines.items())
-    return STATUS_LINE[problem.status] + head + b"\r\n" + (document if body else b"")
 
 
 def guarded(admission: Admission, takes: Takes = _none) -> type[Guarded]:

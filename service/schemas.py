@@ -275,6 +275,11 @@ def document_of(described: Mapping[str, Any]) -> Document:
     return _document(parsed, _recipe(parsed, parsed.shapes), created_at=parsed.created_at)
 
 
+def brief_of(document: Document) -> dict[str, Any]:
+    """As much of Document.describe() as `document_of` needs: without the members that have their defaults."""
+    return SessionDocument.model_validate(document.describe()).model_dump(mode="json", exclude_defaults=True)
+
+
 def patch(body: object) -> Callable[[Document], Document]:
     """The change that a PATCH asks for; it, too, raises InvalidRequest, for what depends on the session's optimizer."""
     given = _object(body)

@@ -24,11 +24,17 @@ COPIED = 4 * 1024 * 1024
 
 
 class Snapshots:
-    """`spawn` starts a task that the engine waits for when it stops."""
+    """`spawn` starts a task that the engine waits for when it stops; `brief` makes JSON of a document."""
 
-    def __init__(self, store: Store, spawn: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        spawn: Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"],
+        brief: files.DocumentWriter,
+    ) -> None:
         self._store = store
         self._spawn = spawn
+        self._brief = brief
 
     async def write_if_due(self, live: Live) -> None:
         """A small session's snapshot is written from a copy while it goes on; a large one waits for it.
@@ -42,11 +48,11 @@ class Snapshots:
         if live.session.state.nbytes < COPIED:
             self.begin(live)
         else:
-            await self._write(live, *_basis(live), *files.snapshot(live, copy=False))
+            await self._write(live, *_basis(live), *files.snapshot(live, self._brief, copy=False))
 
     def begin(self, live: Live) -> None:
         """Writes a snapshot in the background."""
-        live.snapshot = self._spawn(self._write(live, *_basis(live), *files.snapshot(live, copy=True)))
+        live.snapshot = self._spawn(self._write(live, *_basis(live), *files.snapshot(live, self._brief, copy=True)))
 
     async def _write(
         self,

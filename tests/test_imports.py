@@ -120,11 +120,13 @@ LAYERS: dict[str, set[str]] = {
     "service.admission": {"service.errors"},
     "service.bodies": CORE | WIRE | {"service.admission", "service.errors", "service.problems", "service.recycling"},
     "service.outlet": {"service.admission"},
-    "service.protocol": {"service.admission", "service.outlet", "service.problems"},
+    "service.flow": set(),
+    "service.protocol": {"service.admission", "service.flow", "service.outlet", "service.problems"},
     "service.http": WIRE
     | {"service.admission", "service.bodies"}
     | {"service.errors", "service.documents", "service.problems"},
     "service.contributions": CORE | WIRE | {"service.errors", "service.http", "service.tensors"},
+    "service.asked": CORE | WIRE | {"service.contributions", "service.documents", "service.http"},
     "service.replies": CORE | WIRE | HTTP | {"service.errors", "service.documents"},
     "service.catalogue": CORE | {"service.kinds", "service.schemas"},
     "service.examples": CORE
@@ -155,7 +157,13 @@ LAYERS: dict[str, set[str]] = {
     | WIRE
     | HTTP
     | {"service.errors", "service.documents", "service.contributions", "service.replies", "service.engine"}
-    | {"service.access.rights"},
+    | {"service.access.rights", "service.asked"},
+    # Past the planes
+    "service.short_way": CORE
+    | WIRE
+    | HTTP
+    | {"service.access.gate", "service.access.quotas", "service.access.rights", "service.admission", "service.asked"}
+    | {"service.engine", "service.errors", "service.logs", "service.meters", "service.replies"},
     # Several processes on one port: what passes between them, and who is above them
     "service.workers": set(),
     "service.workers.berth": set(),

@@ -105,7 +105,8 @@ def walk(evaluator: Evaluator, rule: ElementWise, dtype: str, size: int, steps: 
         coefficients = rule.tracked(t, scalars)
         out = params if target == "in_place" else np.empty_like(params)
         run = Run(g, params, slots, out)
-        evaluator.run(rule.update, run, coefficients, needs_params="params" in rule.needs, add=add)
+        with np.errstate(all="ignore"):  # as there is around a step
+            evaluator.run(rule.update, run, coefficients, needs_params="params" in rule.needs, add=add)
         seen += [out.copy(), *[slot.copy() for slot in slots]]
         params = out if add else params
     return seen

@@ -310,7 +310,7 @@ def test_the_next_step_changes_nothing_that_was_given_out(run: Run) -> None:
         session = await created(engine, params={"w": [0.0] * SMALL})
         await step(engine, session, 1.0, size=SMALL, returns="none")
         checkpoint, _, _ = await engine.checkpoint(session)
-        snapshot, _ = files.snapshot(engine._live[session], copy=True)
+        snapshot, _ = files.snapshot(engine._live[session], schemas.brief_of, copy=True)
         await step(engine, session, 1.0, size=SMALL, returns="none")
         for array in (checkpoint["w"], snapshot["w"]):
             assert set(array.tolist()) == {1.0}

@@ -46,7 +46,7 @@ class World:
         opened = Store(url or self.embedded.url)
         await opened.open()
         self._stack.push_async_callback(opened.close)
-        engine = Engine(opened, Evaluator(), schemas.document_of, budget, 1 << 32, quota)
+        engine = Engine(opened, Evaluator(), schemas.document_of, budget, 1 << 32, quota, schemas.brief_of)
         await engine.start()
         self._stack.push_async_callback(engine.stop)
         return engine
