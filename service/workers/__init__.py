@@ -17,6 +17,6 @@ died waits for it to come back. That some accept more than others is no harm: th
 session, and the connection is between two requests, the connection itself goes to the home, with the bytes that came:
 a client that stays with a session is handed over once, and from then on nothing of ours is in between. A process in
 front that proxies would copy every byte twice, and be what all wait for; a redirect would show clients addresses.
-Where the home is away, or takes no more, the worker serves the request itself. That is always right, and costs what it
-costs a replica to serve a session that another one has hot: a look at the head, and the tail of the log.
+Where the home is away, hangs, or takes no more, the worker serves the request itself. That is always right, and costs
+what it costs a replica to serve a session that another one has hot: a look at the head, and the tail of the log.
 """

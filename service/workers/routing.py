@@ -41,15 +41,18 @@ def home_of(session: bytes, workers: int) -> int:
 
 
 class Handovers:
-    """Connections that leave this worker, and that arrive. `counts` tells how many, and how many were kept."""
+    """Connections that leave this worker, and that arrive.
+
+    `counts` tells how many, how many were kept, and how many came back, since nobody had taken them.
+    """
 
     def __init__(self, berth: Berth) -> None:
         self._berth = berth
-        self._links = {number: Link(berth.connections(number)) for number in berth.others}
+        self._links = {number: Link(berth.connections(number), self._take_back) for number in berth.others}
         self._landing: Landing | None = None
         self._arriving: set[asyncio.Task[None]] = set()
         self._protocol: Callable[[], asyncio.Protocol] | None = None
-        self.counts = dict.fromkeys(("given", "kept", "taken"), 0)
+        self.counts = dict.fromkeys(("given", "kept", "returned", "taken"), 0)
 
     async def open(self, protocol: Callable[[], asyncio.Protocol]) -> None:
         """From now on connections arrive, each of which gets a `protocol` (a Guarded)."""
@@ -57,13 +60,13 @@ class Handovers:
         self._landing = Landing(self._berth.connections(self._berth.number), self._take)
 
     async def close(self) -> None:
-        """Those that are on their way have arrived when this returns, and no more do."""
+        """Those that are on their way have arrived when this returns, or come back, and no more do."""
         if self._landing is not None:
             self._landing.close()
-        while self._arriving:
-            await asyncio.wait(self._arriving)
         for link in self._links.values():
             link.close()
+        while self._arriving:
+            await asyncio.wait(self._arriving)
 
     def elsewhere(self, data: bytes) -> Link | None:
         """The way to the home of the session that `data` begins to ask for, if that is another worker."""
@@ -75,6 +78,14 @@ class Handovers:
 
     def _take(self, connection: socket.socket, data: bytes) -> None:
         self.counts["taken"] += 1
+        self._serve(connection, data)
+
+    def _take_back(self, connection: socket.socket, data: bytes) -> None:
+        """The home has died, or hangs. It is not sent there again before that one can be seen to be back."""
+        self.counts["returned"] += 1
+        self._serve(connection, data)
+
+    def _serve(self, connection: socket.socket, data: bytes) -> None:
         task = asyncio.create_task(self._arrive(connection, data))
         self._arriving.add(task)
         task.add_done_callback(self._arriving.discard)

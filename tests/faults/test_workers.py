@@ -1,5 +1,6 @@
 """Workers of one service are killed, stopped, and left alone: clients that send again under keys lose nothing."""
 
+import contextlib
 import os
 import random
 import signal
@@ -87,6 +88,34 @@ def test_the_others_serve_while_a_home_is_away(data: Path) -> None:
             until(lambda: takes(path) and all_there(server), "all are there again")
             until(lambda: take(second) and by_worker(client, "ravine_sessions_hot").get(1) == 1, "it is home again")
         assert "number=1" in server.log.read_text()
+
+
+@pytest.mark.parametrize("end", [signal.SIGCONT, signal.SIGKILL])
+def test_a_home_that_hangs_keeps_nobody_waiting(data: Path, end: signal.Signals) -> None:
+    """What was handed over to it is served by the others while it stands still, and nothing is when it dies."""
+    with serving(data, *ARGUMENTS) as server, server.client() as client:
+        first, second, _ = at_homes(client, WORKERS, optimizer="sgd", params={"w": [1.0]})
+        victim, _ = landing_of(server, 1)
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(connected(server)) for _ in range(6)]
+            for connection in connections:  # to be where the sender lives
+                connection.sendall(head_of_step(first) + STEP)
+                assert reply_on(connection)[0] == 200
+            os.kill(victim, signal.SIGSTOP)
+            try:
+                for connection in connections:
+                    connection.sendall(head_of_step(second) + STEP)
+                if end == signal.SIGCONT:
+                    steps = [reply_on(connection)[1]["ravine-step"] for connection in connections]
+            finally:
+                os.kill(victim, end)
+            if end == signal.SIGKILL:
+                steps = [reply_on(connection)[1]["ravine-step"] for connection in connections]
+            assert sorted(steps) == list("123456")
+        until(lambda: all_there(server), "all are there")
+        with server.client() as again:  # by a connection that the victim cannot have had
+            until(lambda: sum(by_worker(again, "ravine_worker_up").values()) == WORKERS, "all answer")
+            assert again.get(f"/v1/sessions/{second}/params").headers["ravine-step"] == "6"
 
 
 def gone(server: Server, workers: set[int], store: int) -> bool:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.workers.berth import Berth
-from service.workers.links import LARGEST, Landing, Link
+from service.workers.links import LARGEST, Landing, Link, Way
 from service.workers.routing import home_of, session_in
 from service.workers.scrape import Scrape
 from service.workers.supervisor import bound
@@ -61,10 +61,14 @@ def test_homes_are_spread_and_stay(workers: int) -> None:
 # -- links -------------------------------------------------------------------------------------------------------------
 
 
-class Arrivals:
-    def __init__(self, path: str) -> None:
+class Pile:
+    """Connections, and what was read of them."""
+
+    def __init__(self) -> None:
         self.all: list[tuple[socket.socket, bytes]] = []
-        self.landing = Landing(path, lambda connection, data: self.all.append((connection, data)))
+
+    def put(self, connection: socket.socket, data: bytes) -> None:
+        self.all.append((connection, data))
 
     async def wait(self, count: int) -> None:
         async with asyncio.timeout(20):
@@ -72,15 +76,29 @@ class Arrivals:
                 await asyncio.sleep(0.005)
 
     def close(self) -> None:
-        self.landing.close()
         for connection, _ in self.all:
             connection.close()
+
+
+class Arrivals(Pile):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.landing = Landing(path, self.put)
+
+    def close(self) -> None:
+        self.landing.close()
+        super().close()
+
+
+def link_to(path: object) -> Link:
+    """To one that takes everything."""
+    return Link(str(path), Pile().put)
 
 
 @pytest.mark.parametrize("size", [1, 60_000, 250 << 10])
 def test_a_connection_and_its_bytes_arrive(tmp_path: Path, size: int) -> None:
     async def check() -> None:
-        arrivals, link = Arrivals(str(tmp_path / "s")), Link(str(tmp_path / "s"))
+        arrivals, link = Arrivals(str(tmp_path / "s")), link_to(tmp_path / "s")
         client, accepted = socket.socketpair()
         data = os.urandom(size)
         assert link.send(accepted.fileno(), data)
@@ -99,7 +117,7 @@ def test_a_connection_and_its_bytes_arrive(tmp_path: Path, size: int) -> None:
 
 def test_a_packet_that_is_too_long_stays_where_it_is(tmp_path: Path) -> None:
     async def check() -> None:
-        arrivals, link = Arrivals(str(tmp_path / "s")), Link(str(tmp_path / "s"))
+        arrivals, link = Arrivals(str(tmp_path / "s")), link_to(tmp_path / "s")
         ends = socket.socketpair()
         assert not link.send(ends[0].fileno(), bytes(8 << 20))
         assert link.send(ends[0].fileno(), b"x")  # and the link is none the worse
@@ -119,8 +137,8 @@ def test_nobody_is_waited_for(tmp_path: Path) -> None:
     async def check() -> None:
         path = str(tmp_path / "s")
         client, accepted = socket.socketpair()
-        assert not Link(path).send(accepted.fileno(), b"x")
-        arrivals, link = Arrivals(path), Link(path)
+        assert not link_to(path).send(accepted.fileno(), b"x")
+        arrivals, link = Arrivals(path), link_to(path)
         sent = 0
         while link.send(accepted.fileno(), b"%d" % sent):  # this loop leaves the other no turn
             sent += 1
@@ -139,31 +157,115 @@ def test_nobody_is_waited_for(tmp_path: Path) -> None:
 
 
 def test_whoever_closes_takes_what_was_sent(tmp_path: Path) -> None:
-    """Or it was refused: of a hundred connections none is lost, though they come while it closes."""
+    """Or the sender has it again: of a hundred connections none is lost, though they come while it closes."""
 
     async def check() -> None:
-        path = str(tmp_path / "s")
-        arrivals, links = Arrivals(path), [Link(path) for _ in range(3)]
+        path, back = str(tmp_path / "s"), Pile()
+        arrivals, links = Arrivals(path), [Link(path, back.put) for _ in range(3)]
         client, accepted = socket.socketpair()
         assert all(link.send(accepted.fileno(), b"before") for link in links[:2])
-        await asyncio.sleep(0.01)
-        sent = [link.send(accepted.fileno(), b"%d" % i) for i, link in enumerate(links * 20)]  # one is not accepted yet
-        assert all(sent)
+        await arrivals.wait(2)
+        # The way of one is not known there yet.
+        assert all(link.send(accepted.fileno(), b"%d" % i) for i, link in enumerate(links * 20))
         arrivals.landing.close()
-        assert len(arrivals.all) == len(sent) + 2
-        assert not any(link.send(accepted.fileno(), b"after") for link in links)
+        assert all(link.send(accepted.fileno(), b"after") for link in links)  # for they cannot know yet
+        assert len(arrivals.all) == 2 + 40
+        await back.wait(20 + 3)
         assert not os.path.exists(path)  # noqa: ASYNC240 - at once
-        for connection, _ in arrivals.all:
-            connection.close()
+        assert not any(link.send(accepted.fileno(), b"no more") for link in links)
         again = Arrivals(path)
         await asyncio.sleep(0.1)  # longer than one who was away is let be
         assert links[0].send(accepted.fileno(), b"to the next")
         await again.wait(1)
+        assert len(back.all) == 23
         for link in links:
             link.close()
         for end in (client, accepted):
             end.close()
-        again.close()
+        Pile.close(arrivals)
+        for pile in (again, back):
+            pile.close()
+
+    asyncio.run(check())
+
+
+def test_one_that_hangs_loses_what_it_was_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is it sent more, until it says a word; then it is."""
+    monkeypatch.setattr("service.workers.links.PATIENCE", 0.1)
+
+    async def check() -> None:
+        path, back = str(tmp_path / "s"), Pile()
+        link = Link(path, back.put)
+        client, accepted = socket.socketpair()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as hung:
+            hung.bind(path)
+            hung.listen()
+            assert link.send(accepted.fileno(), b"first")
+            assert link.send(accepted.fileno(), b"second")
+            await back.wait(2)
+            assert [data for _, data in back.all] == [b"first", b"second"]
+            back.all[1][0].sendall(b"hello")
+            assert client.recv(10) == b"hello"
+            await asyncio.sleep(0.1)  # longer than one who was away is let be
+            assert not link.send(accepted.fileno(), b"third")  # though there is room
+            os.unlink(path)
+        arrivals = Arrivals(path)
+        async with asyncio.timeout(20):
+            while not link.send(accepted.fileno(), b"fourth"):  # noqa: ASYNC110 - nobody tells
+                await asyncio.sleep(0.02)
+        await arrivals.wait(1)
+        await asyncio.sleep(0.3)  # some times as long as it may hang
+        assert link.send(accepted.fileno(), b"fifth")
+        await arrivals.wait(2)
+        assert len(back.all) == 2
+        link.close()
+        for end in (client, accepted):
+            end.close()
+        for pile in (arrivals, back):
+            pile.close()
+
+    asyncio.run(check())
+
+
+def test_what_a_sender_left_is_taken(tmp_path: Path) -> None:
+    """It is gone before the other one has looked."""
+
+    async def check() -> None:
+        path = str(tmp_path / "s")
+        arrivals = Arrivals(path)
+        client, accepted = socket.socketpair()
+        way = Way(path)
+        socket.send_fds(way.out, [b"last words"], [accepted.fileno()])
+        way.close()  # as the kernel does for one that is killed: nothing is taken back
+        await arrivals.wait(1)
+        assert arrivals.all[0][1] == b"last words"
+        for end in (client, accepted):
+            end.close()
+        arrivals.close()
+
+    asyncio.run(check())
+
+
+def test_links_leave_no_files_open(tmp_path: Path) -> None:
+    async def check() -> None:
+        path, back = str(tmp_path / "s"), Pile()
+        client, accepted = socket.socketpair()
+        counts: list[int] = []
+        for _ in range(4):
+            arrivals, link = Arrivals(path), Link(path, back.put)
+            assert link.send(accepted.fileno(), b"x")
+            await arrivals.wait(1)
+            assert link.send(accepted.fileno(), b"y")
+            assert not arrivals.all[0][0].get_inheritable()
+            arrivals.close()
+            assert link.send(accepted.fileno(), b"z")
+            link.close()
+            assert len(back.all) == 1 + len(counts)
+            back.close()
+            counts.append(len(os.listdir("/proc/self/fd")))
+        assert counts[1:] == counts[:-1]
+        for end in (client, accepted):
+            end.close()
 
     asyncio.run(check())
 
