@@ -3,7 +3,9 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+_LONGEST: Final = 107  # bytes of a unix socket's path (unix(7))
 
 
 class Berth(NamedTuple):
@@ -22,6 +24,11 @@ class Berth(NamedTuple):
     @property
     def others(self) -> list[int]:
         return [number for number in range(self.workers) if number != self.number]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sockets can have their names."""
+        return len(os.fsencode(self.connections(self.number))) <= _LONGEST
 
     def connections(self, number: int) -> str:
         """The socket on which worker `number` takes connections over."""

@@ -59,6 +59,7 @@ class Scrape:
             async with asyncio.timeout(PATIENCE):
                 accept = await reader.readline()
                 text, _ = await self._write(accept.decode("latin-1"))
+                writer.write(b"%d\n" % len(text))
                 writer.write(text)
                 await writer.drain()
         except (OSError, ValueError, TimeoutError):
@@ -74,8 +75,9 @@ class Scrape:
             async with asyncio.timeout(PATIENCE):
                 reader, writer = await asyncio.open_unix_connection(self._berth.metrics(number))
                 writer.write(form.encode() + b"\n")
-                return await reader.read()
-        except (OSError, TimeoutError):
+                # Of one that dies meanwhile, half a line would make Prometheus refuse what all have told.
+                return await reader.readexactly(int(await reader.readline()))
+        except (OSError, ValueError, EOFError, TimeoutError):
             return b""
         finally:
             if writer is not None:

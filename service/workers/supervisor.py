@@ -51,6 +51,9 @@ def run(settings: Settings) -> int:
         return 1
     directory = Path(tempfile.mkdtemp(prefix="ravine-"))  # 0700
     try:
+        if not Berth(settings.workers, settings.workers, directory, -1, -1).fits:
+            logs.say(f"ravine: {directory} is too long for a unix socket: let TMPDIR name a shorter directory")
+            return 1
         return Supervisor(settings, sockets, directory).run()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
@@ -88,6 +91,7 @@ class _Child:
         self.failures = 0  # soon after its start, in a row
         self.attempts = 0  # to start it, since it served
         self.not_before = 0.0
+        self.killed = False
 
 
 class Supervisor:
@@ -176,10 +180,21 @@ class Supervisor:
     def _start_due(self) -> None:
         now = time.monotonic()
         for child in self._children:
+            if self._stopping:  # the one before was one too many
+                return
             if not child.pid and child.not_before <= now and self._may_start(child):
                 self._start(child)
 
     def _start(self, child: _Child) -> None:
+        child.began = time.monotonic()
+        try:
+            self._fork(child)
+        except OSError as error:  # no memory, or no process more; the others go on
+            log.warning("a worker cannot be forked", number=child.number, reason=str(error))
+            self._mourn(child, 1)
+
+    def _fork(self, child: _Child) -> None:
+        """Raises OSError."""
         told, ready = os.pipe()
         # A signal between the fork and the worker's own handlers would be answered by ours, in both.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -188,10 +203,13 @@ class Supervisor:
             if pid == 0:
                 os.close(told)
                 self._become(Berth(child.number, len(self._children), self._directory, self._alive, ready))
+        except OSError:
+            os.close(told)
+            raise
         finally:
+            os.close(ready)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        os.close(ready)
-        child.pid, child.ready, child.began, child.told = pid, False, time.monotonic(), told
+        child.pid, child.ready, child.told = pid, False, told
         self._events.register(told, selectors.EVENT_READ, child)
 
     def _become(self, berth: Berth) -> None:
@@ -208,6 +226,9 @@ class Supervisor:
             code = serving.run(self._settings, berth, self._sockets)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            log.exception("a worker failed")  # or nobody would learn why
+            raise
         finally:
             with contextlib.suppress(OSError):
                 self._directory.rmdir()  # where the supervisor is gone, and this is the last
@@ -278,7 +299,8 @@ class Supervisor:
         if time.monotonic() < self._deadline:
             return
         for child in self._children:
-            if child.pid:
+            if child.pid and not child.killed:
+                child.killed = True
                 log.error("a worker did not stop in time, and is killed", number=child.number)
                 os.kill(child.pid, signal.SIGKILL)
         self._code = self._code or 1

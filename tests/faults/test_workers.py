@@ -5,6 +5,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tests.faults.nursery import Replica
 from tests.faults.stores import VOLATILE, storing, until
 from tests.http.sockets import connected, reply_on
 from tests.nursery import shared
-from tests.running import Server, ravine, serving
+from tests.running import ROOT, Server, quiet, ravine, serving
 from tests.wire import create
 from tests.workers import alive, at_homes, by_worker, landing_of, takes, workers_of
 
@@ -186,6 +188,112 @@ def test_a_start_that_fails_fails_once(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert refused.stderr.count(port) == 1
     assert not (tmp_path / "other").exists()
+
+
+class Prepared(Server):
+    """One whose process runs `code` before it is the service: for what only the system does, or after a minute."""
+
+    def __init__(self, data: Path, code: str, *arguments: str) -> None:
+        super().__init__(data, *ARGUMENTS, *arguments)
+        self._code = f"{code}\nfrom service.cli import main\nmain()"
+
+    def start(self) -> "Prepared":
+        command = [sys.executable, "-c", self._code, "serve", "--port", "0", "--data", str(self.data), *self._arguments]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=quiet(), stderr=log, stdout=log, text=True)
+        self.url = self._wait_for_url()
+        return self
+
+
+def test_one_that_does_not_stop_is_killed(data: Path) -> None:
+    code = """
+import os
+os.environ["RAVINE_DRAIN_SECONDS"] = "1"
+from service.workers import supervisor
+supervisor.STOP_SECONDS = 1.0"""
+    server = Prepared(data, code).start()
+    workers, store = workers_of(server.pid), server.valkey_pid()
+    victim, _ = landing_of(server, 1)
+    try:
+        os.kill(victim, signal.SIGSTOP)
+        assert server.stop() == 1
+        assert not any(alive(pid) for pid in workers)
+    finally:
+        if alive(victim):
+            os.kill(victim, signal.SIGKILL)
+        server.stop()
+        os.kill(store, signal.SIGKILL)  # as long as one was there, it was in use
+    assert server.log.read_text().count("did not stop in time") == 1
+
+
+def test_a_service_that_cannot_be_started_any_more_ends(data: Path) -> None:
+    """Something is wrong since it began, and all of it dies: nobody is left, and whoever watches has to know."""
+    wrong = data.parent / "wrong"
+    code = f"import os\nos.register_at_fork(after_in_child=lambda: os.path.exists({str(wrong)!r}) and os._exit(3))"
+    server = Prepared(data, code).start()
+    store = server.valkey_pid()
+    try:
+        wrong.touch()
+        for pid in workers_of(server.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert server.process.wait(60) == 3  # type: ignore[union-attr]
+    finally:
+        server.stop()
+        os.kill(store, signal.SIGKILL)  # nobody came to it any more, to stop it
+    said = server.log.read_text()
+    assert said.count("could not be started in 5 attempts") == 1
+    assert said.count("a worker ended") >= WORKERS + 4
+
+
+def test_the_others_go_on_when_no_process_can_be_made(data: Path) -> None:
+    code = """
+import errno, os
+fork, made = os.fork, []
+def refused():
+    made.append(None)
+    if 3 < len(made) < 7:
+        raise OSError(errno.EAGAIN, "no more")
+    return fork()
+os.fork = refused"""
+    server = Prepared(data, code).start()
+    try:
+        before = len(os.listdir(f"/proc/{server.pid}/fd"))
+        os.kill(min(workers_of(server.pid)), signal.SIGKILL)
+        until(lambda: "cannot be forked" in server.log.read_text(), "it is tried")
+        with server.client() as client:
+            assert client.get("/readyz").status_code == 200
+        until(lambda: all_there(server), "all are there again")
+        until(lambda: len(os.listdir(f"/proc/{server.pid}/fd")) == before, "the pipes are closed")
+        assert server.stop() == 0
+    finally:
+        server.stop()
+    assert server.log.read_text().count("cannot be forked") == 3
+
+
+def test_a_worker_says_what_it_did_not_expect(data: Path) -> None:
+    code = """
+from service import serving
+def run(*_):
+    raise RuntimeError("of all things")
+serving.run = run"""
+    server = Prepared(data, code)
+    with pytest.raises(AssertionError, match="of all things"):  # its log
+        server.start()
+    assert server.process is not None
+    assert server.process.wait(20) == 1
+
+
+def test_a_directory_that_is_too_long_is_named(tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    command = [sys.executable, "-m", "service", "serve", *ARGUMENTS, "--port", "0", "--data", str(tmp_path / "data")]
+    environment = quiet() | {"TMPDIR": str(long)}
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert said.returncode == 1
+    assert f"{long}/ravine-" in said.stderr
+    assert "TMPDIR" in said.stderr
+    assert list(long.iterdir()) == []
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_number_of_workers_that_cannot_be() -> None:

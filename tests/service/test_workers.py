@@ -351,3 +351,29 @@ def test_one_that_hangs_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             return (await made[0].text(""))[0].decode()
 
     assert 'ravine_worker_up{worker="1"} 0.0' in asyncio.run(check())
+
+
+def test_half_of_what_one_told_is_left_out(tmp_path: Path) -> None:
+    """It died while it wrote. A line of which there is half would make Prometheus refuse all."""
+
+    async def check() -> str:
+        async with scrapes(tmp_path, [text_of(0, "a"), text_of(1, *(f"b{i}" for i in range(9)))]) as made:
+            path = Berth(1, 2, tmp_path, -1, -1).metrics(1)
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(b"\n")
+            whole = await reader.read()
+            writer.close()
+            await made[1].close()
+
+            async def tell(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                writer.write(whole[: 2 * len(whole) // 3])
+                writer.close()
+
+            dying = await asyncio.start_unix_server(tell, path)
+            text = (await made[0].text(""))[0].decode()
+            dying.close()
+            return text
+
+    text = asyncio.run(check())
+    assert 'ravine_worker_up{worker="1"} 0.0' in text
+    assert {family.name for family in text_string_to_metric_families(text)} == {"a", "ravine_worker_up"}
