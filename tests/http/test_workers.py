@@ -1,6 +1,7 @@
 """Several workers on one port: each session is hot in one of them, and a client notices nothing of it."""
 
 import json
+import re
 import socket
 import ssl
 import time
@@ -17,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.workers.routing import home_of
 from tests.certificates import Authority
 from tests.http.sockets import connected, head_of, reply_on
+from tests.http.test_metrics import DEPLOY, alerts, check, expressions_of_the_dashboard
 from tests.running import Server, serving
 from tests.wire import create
 from tests.workers import at_homes, by_worker
@@ -281,6 +283,18 @@ def test_metrics_of_all(client: httpx.Client) -> None:
     assert open_.headers["content-type"].startswith("application/openmetrics-text")
     samples = [sample for family in open_metric_families(open_.text) for sample in family.samples]
     assert {sample.labels["worker"] for sample in samples} == {"0", "1", "2"}
+
+
+def test_the_dashboard_and_the_alerts_know_of_workers(client: httpx.Client) -> None:
+    session = create(client, **SGD)["id"]
+    assert client.post(stepping(session)[1], json={"gradients": {"w": [1, 1]}}).status_code == 200
+    found = {family.name: family for family in text_string_to_metric_families(client.get("/metrics").text)}
+    named = check([*expressions_of_the_dashboard(), *(rule["expr"] for rule in alerts())], found)
+    assert {"ravine_worker_up", "ravine_handovers_total"} <= named
+    dashboard = json.loads((DEPLOY / "grafana" / "ravine.json").read_text())
+    for target in (target for panel in dashboard["panels"] for target in panel.get("targets", ())):
+        together = re.match(r"(sum|max|min|histogram_quantile|avg)\b", target["expr"])
+        assert together or "{{worker}}" in target["legendFormat"], "lines of one name"
 
 
 def test_log_lines_say_whose_they_are(crew: Server, client: httpx.Client, homes: list[str]) -> None:
