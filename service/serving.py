@@ -29,7 +29,9 @@ ACCEPTED_AT_ONCE = 16
 def run(settings: Settings, berth: Berth | None = None, sockets: Sequence[socket.socket] = ()) -> int:
     """Serves until it is told to stop; gives the exit code. Without `sockets` it listens where `settings` say."""
     app = create_app(settings, berth)
-    app.admission.limits = app.admission.limits._replace(connections=open_files(settings.max_connections))
+    beside = 0 if berth is None else berth.files
+    connections = max(1, open_files(settings.max_connections + beside) - beside)
+    app.admission.limits = app.admission.limits._replace(connections=connections)
     # Under TLS the state of the cipher is in this process, and stays here.
     handovers = None if berth is None or settings.tls_cert is not None else Handovers(berth)
     if handovers is not None:

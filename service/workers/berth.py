@@ -26,6 +26,11 @@ class Berth(NamedTuple):
         return [number for number in range(self.workers) if number != self.number]
 
     @property
+    def files(self) -> int:
+        """How many are open for the way to each of the others, and from each (links.py)."""
+        return 5 * (self.workers - 1)
+
+    @property
     def fits(self) -> bool:
         """Whether the sockets can have their names."""
         return len(os.fsencode(self.connections(self.number))) <= _LONGEST

@@ -246,6 +246,28 @@ def test_what_a_sender_left_is_taken(tmp_path: Path) -> None:
     asyncio.run(check())
 
 
+def open_files_here() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_files_that_are_open_for_links(tmp_path: Path) -> None:
+    """Or connections that are let in would find none."""
+
+    async def check() -> None:
+        path = str(tmp_path / "s")
+        arrivals, link = Arrivals(path), link_to(path)
+        before = open_files_here()
+        with socket.socket() as connection:
+            assert link.send(connection.fileno(), b"x")
+        await arrivals.wait(1)
+        Pile.close(arrivals)
+        assert open_files_here() - before == Berth(0, 2, tmp_path, -1, -1).files
+        link.close()
+        arrivals.close()
+
+    asyncio.run(check())
+
+
 def test_links_leave_no_files_open(tmp_path: Path) -> None:
     async def check() -> None:
         path, back = str(tmp_path / "s"), Pile()
@@ -262,7 +284,7 @@ def test_links_leave_no_files_open(tmp_path: Path) -> None:
             link.close()
             assert len(back.all) == 1 + len(counts)
             back.close()
-            counts.append(len(os.listdir("/proc/self/fd")))
+            counts.append(open_files_here())
         assert counts[1:] == counts[:-1]
         for end in (client, accepted):
             end.close()
