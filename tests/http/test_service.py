@@ -298,6 +298,10 @@ def loaded(data: Path) -> Iterator[tuple[Server, str, list[Load]]]:
         threads = [Load(server, session) for _ in range(4)]
         for thread in threads:
             thread.start()
+        deadline = time.monotonic() + 30
+        while not all(thread.acknowledged for thread in threads):  # or there is no load yet
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         yield server, session, threads
 
 
