@@ -39,8 +39,8 @@ DIRECTIVES = {
     # 0.7 to 4 GB/s: 5 s for 3 GB from a cold disk.
     "auto-aof-rewrite-percentage": "200",
     "auto-aof-rewrite-min-size": "1gb",
-    # The head of an idle session is half of what it takes; as a listpack, for it is a dozen short fields and a document, a
-    # third less. By the name that releases before Redis 7 know as well.
+    # The head of an idle session is half of what it takes; as a listpack a third less, since it is a dozen short fields
+    # and a long one. By the name that releases before Redis 7 know as well.
     "hash-max-ziplist-value": "4096",
 }
 
