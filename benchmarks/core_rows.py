@@ -125,14 +125,21 @@ class Worst(Comparison):
     cases: Sequence[Case] = field(default_factory=list)
 
 
+def slowest(row: Row, cases: Sequence[Case]) -> Case:
+    """Of those that count."""
+    return max((case for case in cases if case.counts), key=lambda case: case.compared(row).ratio)
+
+
+def worst(row: Row, unit: str, cases: Sequence[Case], remarks: Sequence[str]) -> Worst:
+    return Worst(row, unit, slowest(row, cases).rounds, list(remarks), cases)
+
+
 def _compare_kinds(row: Row, plan: Plan) -> Worst:
     with answering(OURS, [sys.executable, "-m", "benchmarks.every_kind", str(SIZE)]) as process:
         names = process.said["forms"]
         cases = [_case(row, process, name, plan, name in names) for name in names + process.said["beside"]]
-    ratios = {case.name: case.compared(row).ratio for case in cases}
-    worst = max((case for case in cases if case.counts), key=lambda case: ratios[case.name])
     remarks = [
-        f"{worst.name} is the worst of {len(names)} forms. {OURS}: {process.version}.",
+        f"{slowest(row, cases).name} is the worst of {len(names)} forms. {OURS}: {process.version}.",
         f"The {COPY} is between the halves of an array as large as all that a step touches, its time scaled to the "
         "bytes that the step has to move. It writes memory that it has not read, which the processor may read first; "
         f"that is not counted. The {PASS}, a negation, writes what it has read, as a step does: it is faster, and the "
@@ -140,7 +147,7 @@ def _compare_kinds(row: Row, plan: Plan) -> Worst:
         "What is not in the goal is more than one compiled loop: in plain NumPy, slots in bfloat16 are widened and "
         "rounded at random, cautious counts what it keeps, and sophia takes in a diagonal (at every tenth step).",
     ]
-    return Worst(row, "ms a step", worst.rounds, remarks, cases)
+    return worst(row, "ms a step", cases, remarks)
 
 
 def _case(row: Row, process: "Answering", name: str, plan: Plan, counts: bool) -> Case:

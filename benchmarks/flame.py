@@ -229,14 +229,14 @@ CASES = (
 )
 
 
-def table(profiles: Sequence[Profile], about: dict[str, str]) -> str:
+def table(profiles: Sequence[Profile], about: str) -> str:
     """What stands between the markers of the page."""
     lines = ["| part | " + " | ".join(profile.title.partition(":")[0] for profile in profiles) + " | what it is |"]
     lines.append("|---" * (len(profiles) + 2) + "|")
     for name in NAMES:
         cells = " | ".join(f"{profile.shares[name]:.0f} %" for profile in profiles)
         lines.append(f"| {name} | {cells} | {MEANINGS[name]} |")
-    parts = ["\n".join(lines), f"{about['When']}, commit {about['Commit']}, {about['CPU']}, Python {about['Python']}."]
+    parts = ["\n".join(lines), about]
     for profile in profiles:
         text = f"{profile.title}; {profile.samples:,} samples, idle CPU before {profile.idle:.0f} %"
         parts.append(f"![{text}]({profile.picture})\n\n{text}.")
@@ -261,8 +261,8 @@ def main() -> None:
                 sys.exit(str(reason))
         (given.to / picture).write_text(render(title, stacks, part_of))
         profiles.append(Profile(title, picture, sum(stacks.values()), shares(stacks), idle))
-    about = machine.describe() | {"When": datetime.now(UTC).strftime("%Y-%m-%d")}
-    text = table(profiles, about)
+    about, day = machine.describe(), datetime.now(UTC).strftime("%Y-%m-%d")
+    text = table(profiles, f"{day}, commit {machine.commit()}, {about['CPU']}, Python {about['Python']}.")
     print(text)
     if given.to.resolve() == DOCS.resolve():
         before, _, rest = PAGE.read_text().partition(BEGIN)

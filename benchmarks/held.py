@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import processes
 from benchmarks.measure import Comparison, Plan, Result, Row, Sample, Unmeasured, alternate, one_by_one
-from benchmarks.processes import Server, call
+from benchmarks.processes import Server, call, child_seconds
 from benchmarks.small_steps import SESSIONS, SIZE, WARM_SECONDS, Load
 
 IDLE, SLOW = 5_000, 500
@@ -91,14 +91,15 @@ class Stepping:
         server = self.load.server
         with _others(server, self.load.paths[0], self.idle, self.slow) as told:
             server.settle()
-            before, idle_before = server.usage(), _idle_seconds()
+            before, idle_before, client = server.usage(), _idle_seconds(), child_seconds()
             requests, seconds, p50, p99 = self.load.send(self.load.seconds)
             busy = server.usage().server - before.server
-            idle = _idle_seconds() - idle_before
+            idle, client = _idle_seconds() - idle_before, child_seconds() - client
             if (held := _connections(server)) < LEAST_HELD * (self.idle + self.slow):
                 raise Unmeasured(f"the service holds {held:g} connections, and not {self.idle + self.slow}")
         server.settle()
         beside = {"p50 ms": p50, "requests/s": requests / seconds, "server busy, %": 100 * busy / seconds}
+        beside["wrk busy, %"] = 100 * client / seconds
         beside["idle, % of all cores"] = 100 * idle / seconds / (os.cpu_count() or 1)
         return Sample(p99, beside | told)
 

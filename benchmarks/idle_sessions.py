@@ -120,14 +120,15 @@ class Making:
         self.used = _used(self.store)
 
     def turn(self) -> Sample:
-        before, started = self.server.usage(), time.perf_counter()
+        before, started, own = self.server.usage(), time.perf_counter(), time.process_time()
         self.ids += make(self.server.url, self.count)
-        seconds = time.perf_counter() - started
+        seconds, own = time.perf_counter() - started, time.process_time() - own
         after = self.server.settle()
         time.sleep(GIVEN_BACK_SECONDS)
         beside = {
             "sessions so far": float(len(self.ids)),
             "made a second": self.count / seconds,
+            "client busy, %": 100 * own / seconds,
             "server CPU, µs each": 1e6 * (after.server - before.server) / self.count,
             "store CPU, µs each": 1e6 * (after.store - before.store) / self.count,
             "service, MiB": processes.resident_memory(self.server.pid) / 2**20,

@@ -94,12 +94,14 @@ def main(url: str, rate: float, seconds: float, size: int, connections: int, ses
     file = safetensors(gradient(size))
     requests = [Request(f"{session}/steps", file) for session in sessions]
     load = Load(url, requests, poisson(rate) if rate else None, seconds)
+    used = time.process_time()
     load.run(connections)
+    used = time.process_time() - used
     took = max(load.ended - WARM_SECONDS, 1e-9)
     print(
         f"figures seconds={took:.6f} answered={len(load.latencies)} p50={percentile(load.latencies, 0.5):.4f} "
         f"p99={percentile(load.latencies, 0.99):.4f} p999={percentile(load.latencies, 0.999):.4f} "
-        f"late={percentile(load.late, 0.99):.4f} cpu={time.process_time():.3f} stepped={load.stepped} "
+        f"late={percentile(load.late, 0.99):.4f} cpu={used:.3f} stepped={load.stepped} "
         f"{dict(load.failed)}",
         flush=True,
     )

@@ -189,7 +189,7 @@ class Exchange:
         after = self.server.settle()
         spent = {"server": after.server - before.server, "store": after.store - before.store, "client": own}
         beside = {f"{who} CPU, ms a request": 1e3 * cpu / requests for who, cpu in spent.items()}
-        beside["client at work, % of the time"] = 100 * own / seconds
+        beside["client busy, %"] = 100 * own / seconds
         return Sample(requests / seconds, {"ms a request": 1e3 * seconds / requests} | beside)
 
     def warm(self) -> None:

@@ -8,18 +8,22 @@ whoever plans a service.
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from benchmarks import large_steps, processes
+from benchmarks import large_open_loop, large_steps, open_loop, processes
 from benchmarks.measure import Held, Plan, Result, Row, Sample, Unmeasured, alternate, one_by_one, say
 from benchmarks.overload import Target
 from benchmarks.processes import Server, call
 
 SHARES = (0.5, 0.8)
 TRIES = 3
+SMALL_CLIENTS = (32, 64)
+# Percentiles are of what was accepted. Where more than this was not, they would be those of a lesser rate.
+REFUSED, MOST_REFUSED = "refused, %", 1.0
 LARGE_SIZE, LARGE_SESSIONS = 1_000_000, 4
 # At L1's rates a turn of a few seconds has too few requests for a 99.9th percentile.
 LARGE_TIMES = 4
@@ -50,16 +54,25 @@ def _hold(row: Row, plan: Plan) -> Held:
     directory.mkdir()
     with processes.service(directory) as server:
         sending: Small | Large = Small(server, plan.seconds) if row.code == "LS" else Large(server, plan.seconds)
-        highest = max(sending.highest() for _ in range(TRIES))
+        highest, busy = max(sending.highest() for _ in range(TRIES))
         say(f"  the highest rate: {highest:.4g} requests/s")
         contestants = [Sharing(f"at {100 * share:g} %", share * highest, sending.send) for share in SHARES]
         for contestant in contestants:
             contestant.turn()
         rounds = alternate(contestants, plan.rounds)
     figures = {each.name: [turn.samples[each.name] for turn in rounds] for each in contestants}
+    refused = {name: [sample.beside.get(REFUSED, 0.0) for sample in samples] for name, samples in figures.items()}
+    for name, shares in refused.items():
+        if statistics.median(shares) > MOST_REFUSED:
+            raise Unmeasured(
+                f"{name} of {highest:,.4g} requests/s {statistics.median(shares):.2g} % were refused: that is not a "
+                "rate that can be carried, and the latency of the rest would say nothing"
+            )
     least = min(int(sample.beside["requests"]) for samples in figures.values() for sample in samples)
     remarks = [
-        f"The highest rate that was found, in a closed loop, was {highest:,.0f} requests/s.",
+        f"The highest rate that was found, in a closed loop, was {highest:,.4g} requests/s; the clients took "
+        f"{busy:.0f} % of a core.",
+        f"Of what was sent in a turn, at most {max(map(max, refused.values())):.2g} % were refused.",
         f"A turn has {least:,} requests or more: of these {least // 1000:,} are slower than its p99.9.",
     ]
     return Held(row, "p50 ms", figures, [state for turn in rounds for state in turn.before.values()], remarks)
@@ -84,9 +97,9 @@ class Small:
     def __init__(self, server: Server, seconds: int) -> None:
         self._target = Target(server, seconds)
 
-    def highest(self) -> float:
-        """Steps a second."""
-        return self._target.carried()
+    def highest(self) -> tuple[float, float]:
+        """Steps a second, and what the clients take of a core, in percent: of as many clients as do best."""
+        return max(self._target.carried(clients) for clients in SMALL_CLIENTS)
 
     def send(self, rate: float) -> tuple[float, Mapping[str, float]]:
         target = self._target
@@ -100,7 +113,8 @@ class Small:
         if target.steps() - steps != int(found[11]):
             raise Unmeasured(f"{found[11]} steps were answered, {target.steps() - steps} were taken")
         beside = {"p99 ms": float(found[6]), "p99.9 ms": float(found[12]), "requests": float(accepted + refused)}
-        beside |= {"sent/s": (accepted + refused) / float(found[1]), "refused, %": 100 * refused / (accepted + refused)}
+        beside |= {"sent/s": (accepted + refused) / float(found[1]), REFUSED: 100 * refused / (accepted + refused)}
+        beside["client busy, %"] = 100 * float(found[9]) / (open_loop.WARM_SECONDS + float(found[1]))
         return float(found[5]), beside | {"sent late, p99 ms": float(found[8])}
 
 
@@ -114,8 +128,8 @@ class Large:
         self._closed(LARGE_CLIENTS[-1], 1)
         server.wait_for(r"(compiled) ", large_steps.COMPILE_SECONDS)
 
-    def highest(self) -> float:
-        """Steps a second: of as many clients as do best."""
+    def highest(self) -> tuple[float, float]:
+        """The same."""
         return max(self._closed(clients, self._seconds) for clients in LARGE_CLIENTS)
 
     def send(self, rate: float) -> tuple[float, Mapping[str, float]]:
@@ -123,11 +137,11 @@ class Large:
         seconds, count = float(found[1]), int(found[2])
         beside = {"p99 ms": float(found[4]), "p99.9 ms": float(found[5]), "requests": float(count)}
         beside |= {"sent/s": count / seconds, "waited for a connection, p99 ms": float(found[6])}
-        return float(found[3]), beside
+        return float(found[3]), beside | {"client busy, %": _busy(found)}
 
-    def _closed(self, clients: int, seconds: int) -> float:
+    def _closed(self, clients: int, seconds: int) -> tuple[float, float]:
         found = self._run(0.0, seconds, clients)
-        return int(found[2]) / float(found[1])
+        return int(found[2]) / float(found[1]), _busy(found)
 
     def _run(self, rate: float, seconds: int, connections: int) -> "re.Match[str]":
         self._server.settle()
@@ -144,3 +158,8 @@ class Large:
         if taken != self._stepped:
             raise Unmeasured(f"{self._stepped} steps were answered, {taken} were taken")
         return found
+
+
+def _busy(found: "re.Match[str]") -> float:
+    """What the clients of large steps take of a core, in percent."""
+    return 100 * float(found[7]) / (large_open_loop.WARM_SECONDS + float(found[1]))

@@ -4,7 +4,6 @@ import platform
 import re
 import shutil
 import subprocess
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,12 +14,12 @@ _PACKAGES = (
     "numpy", "numba", "uvicorn", "uvloop", "httptools", "orjson", "redis", "hiredis", "fastapi", "pydantic",
 )  # fmt: skip
 
+_WRITTEN = ("benchmarks/RESULTS.md", "benchmarks/results.json", "benchmarks/pictures")
+
 
 def describe() -> dict[str, str]:
     """What stands at the head of the report. No names of hosts, users or directories."""
     return {
-        "When": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "Commit": _commit(),
         "CPU": f"{_processor()}, {len(_cores())} cores",
         "Memory": f"{_memory() / 2**30:.0f} GiB",
         "Kernel": f"{platform.system()} {platform.release()}",
@@ -32,11 +31,11 @@ def describe() -> dict[str, str]:
     }
 
 
-def _commit() -> str:
-    """The commit's short name, and whether the tree differs from it; the report itself does not count."""
+def commit() -> str:
+    """The commit's short name, and whether the tree differs from it; what the benchmarks write does not count."""
     git = ["git", "-C", str(ROOT)]
     name = _output([*git, "rev-parse", "--short", "HEAD"])
-    changed = _output([*git, "status", "--porcelain", "--", ".", ":!benchmarks/RESULTS.md"])
+    changed = _output([*git, "status", "--porcelain", "--", ".", *[f":!{place}" for place in _WRITTEN]])
     return (name or "unknown") + (", with changes" if changed else "")
 
 

@@ -106,12 +106,16 @@ class Comparison:
 
 
 class Cell(NamedTuple):
-    """One case of several. `against` is the contestant to beat here; `apart` are those that took their turns alone."""
+    """One case of several. `against` is the contestant to beat here; `apart` are those that took their turns alone.
+
+    `also` has further ratios, which are not the row's: what the contestant is the best of, and its name.
+    """
 
     name: str
     against: str
     rounds: Sequence[Round]
     apart: Mapping[str, Sequence[Sample]] = {}
+    also: Mapping[str, str] = {}
 
     def compared(self, row: Row, unit: str) -> Comparison:
         return Comparison(row._replace(theirs=self.against), unit, self.rounds)

@@ -101,7 +101,7 @@ class Crowd:
         spent = {"replicas": after.server - before.server, "store": after.store - before.store, "client": client}
         latency = sorted(answers.seconds)
         beside = {"contributions per commit": count / commits, "p50 ms": 1e3 * latency[count // 2]}
-        beside["p99 ms"] = 1e3 * latency[99 * count // 100]
+        beside |= {"p99 ms": 1e3 * latency[99 * count // 100], "client busy, %": 100 * client / seconds}
         return Sample(
             count / seconds, beside | {f"{who} CPU, µs each": 1e6 * cpu / count for who, cpu in spent.items()}
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from benchmarks import processes
 from benchmarks.measure import Comparison, Plan, Result, Row, Sample, Unmeasured, alternate, one_by_one
+from benchmarks.open_loop import WARM_SECONDS
 from benchmarks.processes import Server, call
 from benchmarks.small_steps import SESSIONS, SIZE, body
 
@@ -38,7 +39,7 @@ ROWS = (
     ),
 )
 
-_CARRIED = re.compile(r"figures seconds=(\S+) accepted=(\d+) refused=(\d+) broken=(\d+) ")
+_CARRIED = re.compile(r"figures seconds=(\S+) accepted=(\d+) refused=(\d+) broken=(\d+) cpu=(\S+) ")
 _FIGURES = re.compile(
     r"figures seconds=(\S+) accepted=(\d+) refused=(\d+) failed=(\d+) p50=(\S+) p99=(\S+) refusal=(\S+) "
     r"late=(\S+) cpu=(\S+) sent=(\d+) stepped=(\d+) p999=(\S+)"
@@ -84,12 +85,12 @@ class Target:
     def steps(self) -> int:
         return sum(json.loads(call(self.server.url, "GET", path.removesuffix("/steps")))["step"] for path in self.paths)
 
-    def carried(self) -> float:
-        """Steps a second."""
-        found = self._run("closed_loop", _CARRIED, str(CARRIED), str(CARRIED_SECONDS))
+    def carried(self, clients: int = CARRIED) -> tuple[float, float]:
+        """Steps a second of so many clients in a closed loop, and what these take of a core, in percent."""
+        found = self._run("closed_loop", _CARRIED, str(clients), str(CARRIED_SECONDS))
         if int(found[3]) or int(found[4]) or not int(found[2]):
-            raise Unmeasured(f"a closed loop of {CARRIED} clients was refused, or broke off: {found[0]}")
-        return int(found[2]) / float(found[1])
+            raise Unmeasured(f"a closed loop of {clients} clients was refused, or broke off: {found[0]}")
+        return int(found[2]) / float(found[1]), 100 * float(found[5]) / float(found[1])
 
     def send(self, rate: float) -> "re.Match[str]":
         return self._run("open_loop", _FIGURES, f"{rate:.1f}", str(self.seconds))
@@ -115,7 +116,7 @@ class Crowd:
 
     def turn(self) -> Sample:
         target = self.target
-        carried = target.carried()
+        carried, _ = target.carried()
         target.server.settle()
         steps, before = target.steps(), target.server.usage()
         found = target.send(self.times * carried)
@@ -130,5 +131,5 @@ class Crowd:
         beside |= {"accepted/s": accepted / seconds, "refused, %": 100 * refused / (accepted + refused)}
         beside |= {"refused after, ms": float(found[7]), "sent late, p99 ms": float(found[8])}
         beside["server CPU, µs each"] = 1e6 * (after.server - before.server) / int(found[10])
-        beside["client CPU, µs each"] = 1e6 * float(found[9]) / int(found[10])
+        beside["client busy, %"] = 100 * float(found[9]) / (WARM_SECONDS + seconds)
         return Sample(float(found[6]), beside)

@@ -93,10 +93,11 @@ class Readers:
     def turn(self) -> Sample:
         before, client_before = self.server.usage(), child_seconds()
         requests, seconds, p50, p99 = self._pull(self.seconds)
-        client = child_seconds() - client_before
+        client, busy = child_seconds() - client_before, self.server.usage().server - before.server
         after = self.server.settle()
         spent = {"server": after.server - before.server, "store": after.store - before.store, "wrk": client}
         beside = {f"{who} CPU, µs a pull": 1e6 * cpu / requests for who, cpu in spent.items()}
+        beside |= {"server busy, %": 100 * busy / seconds, "wrk busy, %": 100 * client / seconds}
         moved = requests * len(self.content) / seconds
         return Sample(requests / seconds, {"p50 ms": p50, "p99 ms": p99, "GB/s": moved / 1e9} | beside)
 

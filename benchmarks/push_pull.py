@@ -5,7 +5,9 @@ a size are up at once, and take turns. Each is first asked for the parameters af
 held against Adam's arithmetic in float64: what is compared computes the same. At the end the steps that its server
 took are held against what its workers sent.
 
-The ratio is to the best peer of each cell, and the row's the worst of the cells. What is far from the best of a
+The ratio is to the best peer of each cell, and the row's the worst of the cells. Some peers are as fast as they are
+because all is on one machine; beside it stands the ratio to the best of those whose server and workers talk as they
+would from machine to machine, as Ravine's do. What is far from the best of a
 size, or would need all of the memory beside the others, takes its turns alone and, where they are long, once.
 """
 
@@ -16,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,7 +42,11 @@ END_SECONDS = 30
 # How much longer than the others' a window may get, on a machine that is not idle, until something ends within it.
 LONGEST = 10
 
-RAVINE, RAY, RPC, FLOWER, HIVEMIND = "Ravine", "Ray actor", "torch RPC", "Flower FedAdam", "hivemind"
+RAVINE, RAY, FLOWER, HIVEMIND = "Ravine", "Ray actor", "Flower FedAdam", "hivemind"
+RPC, RPC_TCP = "torch RPC", "torch RPC over TCP"
+# What those are the best of whose server could be on another machine; and what Ray sends in the call, by TCP.
+ELSEWHERE = "the best that could be elsewhere"
+RAY_SENDS_BYTES = 100 * 1024
 
 
 class Size(NamedTuple):
@@ -70,13 +77,16 @@ ROWS = (
     ),
 )
 
+# Not among those that the goal names, and so not in the ratio.
+_NOT_IN_GOAL = (RPC_TCP,)
 _PEERS = Path(__file__).parent / "peers"
 _PYTHON = _PEERS / ".venv" / "bin" / "python"
 _MODULES = {
-    RAY: "benchmarks.peers.ray_actor",
-    RPC: "benchmarks.peers.torch_rpc",
-    FLOWER: "benchmarks.peers.flower_fedadam",
-    HIVEMIND: "benchmarks.peers.hivemind_averaging",
+    RAY: ("ray_actor",),
+    RPC: ("torch_rpc",),
+    RPC_TCP: ("torch_rpc", "tcp"),
+    FLOWER: ("flower_fedadam",),
+    HIVEMIND: ("hivemind_averaging",),
 }
 
 
@@ -112,12 +122,17 @@ def _cells(size: Size, plan: Plan, remarks: dict[str, None]) -> list[Cell]:
                     contestants.append(_peer(stack, name, size, plan))
                 except Unmeasured as reason:
                     remarks[f"{name}, {size.name}: not run: {reason}."] = None
-        if len(contestants) == 1:
+        if not _named(contestants):
             raise Unmeasured("no peer runs")
         cells = [_cell(size, workers, contestants, apart, remarks) for workers in WORKERS]
         for contestant in contestants:
             remarks[contestant.end()] = None
     return cells
+
+
+def _named(contestants: "Sequence[Pushing]") -> bool:
+    """Whether there is any of those that the goal names."""
+    return any(each.name not in (RAVINE, *_NOT_IN_GOAL) for each in contestants)
 
 
 def _alone(name: str, rounds: int, size: Size, plan: Plan, remarks: dict[str, None]) -> dict[int, list[Sample]]:
@@ -150,15 +165,22 @@ def _cell(
         try:
             rounds = alternate(contestants, ROUNDS)
         except Failed as failure:
-            if failure.contestant.name == RAVINE or len(contestants) == 2:
+            contestants.remove(failure.contestant)
+            if failure.contestant.name == RAVINE or not _named(contestants):
                 raise
             remarks[f"{failure.contestant.name}, from {name} on: not run: {failure}."] = None
-            contestants.remove(failure.contestant)
         else:
             break
     peers = [contestant.name for contestant in contestants if contestant.name != RAVINE]
     beside = {other: samples[workers] for other, samples in apart.items() if workers in samples}
-    return Cell(name, best(rounds, peers), rounds, beside)
+    remote = [peer for peer in peers if could_be_elsewhere(peer, size)]
+    also = {ELSEWHERE: best(rounds, remote)} if remote else {}
+    return Cell(name, best(rounds, [peer for peer in peers if peer not in _NOT_IN_GOAL]), rounds, beside, also)
+
+
+def could_be_elsewhere(peer: str, size: Size) -> bool:
+    """Whether what it sends would go the same way if its server were on another machine."""
+    return peer not in (RPC, RAY) or (peer == RAY and 4 * size.count < RAY_SENDS_BYTES)
 
 
 class Failed(Unmeasured):
@@ -197,7 +219,7 @@ class Pushing:
                     os.kill(member.pid, what)
 
     def _turn(self) -> Sample:
-        before, length, everything = self._spent(), self.seconds, 0
+        before, length, everything, started = self._spent(), self.seconds, 0, time.monotonic()
         while True:
             said = self._ask(f"turn {self.workers} {self.size.warm} {length:g}")
             everything += said["all"]
@@ -206,6 +228,7 @@ class Pushing:
             if length > LONGEST * self.seconds:
                 raise Failed(self, f"no round trip ended within {length:g} s")
             length *= 4
+        seconds, worked = time.monotonic() - started, self._spent()["workers"] - before["workers"]
         if self.service is not None:
             self.service.settle()
         after = self._spent()
@@ -214,7 +237,7 @@ class Pushing:
             for who in ("server", "store", "workers")
             if who in after
         }
-        return Sample(said["count"] / said["seconds"], beside)
+        return Sample(said["count"] / said["seconds"], beside | {"workers busy, % of a core": 100 * worked / seconds})
 
     def _spent(self) -> dict[str, float]:
         """CPU seconds. Of the peers, all that is not the server counts as workers: Ray's daemons do."""
@@ -277,9 +300,11 @@ def expected(size: int, *, flower: bool) -> np.ndarray:
 
 def _peer(stack: ExitStack, name: str, size: Size, plan: Plan) -> Pushing:
     # Paths of Unix sockets are short, and Ray puts a good deal behind this one.
-    directory = plan.directory / name.split()[0].lower()
+    directory = plan.directory / str(list(_MODULES).index(name))
     directory.mkdir()
-    command = [str(_PYTHON), "-W", "ignore", "-m", _MODULES[name], str(size.count), str(max(WORKERS)), str(directory)]
+    module, *options = _MODULES[name]
+    command = [str(_PYTHON), "-W", "ignore", "-m", f"benchmarks.peers.{module}", str(size.count), str(max(WORKERS))]
+    command += [str(directory), *options]
     return _started(stack, name, command, size, plan)
 
 

@@ -142,6 +142,7 @@ class Side:
             replica.settle()
         spent = {who: after - before[who] for who, after in self._usage().items()} | {WRK: client}
         beside = {_figure(who): 1e6 * cpu / requests for who, cpu in spent.items()}
+        beside["wrk busy, %"] = 100 * client / seconds
         return Sample(requests / seconds, {"p50 ms": p50, "p99 ms": p99} | beside)
 
     def _usage(self) -> dict[str, float]:

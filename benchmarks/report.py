@@ -1,45 +1,64 @@
-"""The results as a page of Markdown, and the ratios of the page before, so that what was lost shows."""
+"""The records of all rows as a page of Markdown: each with its commit, and what was lost since the one before it."""
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from benchmarks.core_rows import Worst
-from benchmarks.measure import Cell, Comparison, Grid, Held, Idle, NotRun, Result, Round, Sample
+from benchmarks.measure import Cell, Comparison, Grid, Held, Idle, NotRun, Result, Round, Row, Sample
+from benchmarks.records import Record
 
 # A ratio that got worse by more than this is pointed out.
 LOSS = 0.10
-_LINE = re.compile(r"^\| (\w+) \|.*\| \*\*([0-9.]+)\*\* ", re.MULTILINE)
-
-
-def earlier(page: str) -> dict[str, float]:
-    """Row -> its ratio on a page that `render` made."""
-    return {code: float(ratio) for code, ratio in _LINE.findall(page)}
+# Where it is told what the time, or the memory, of a row goes into: a page, and its headings by row.
+PROFILES = "../docs/performance.md"
+HEADINGS = {
+    **dict.fromkeys(("C1", "C2", "C3"), "the-core"),
+    **dict.fromkeys(("S1", "S2", "R1", "H1", "O1"), "small-steps"),
+    **dict.fromkeys(("L1", "L2", "P1"), "large-steps"),
+    "F1": "readers",
+    **dict.fromkeys(("M1", "M1R", "M2", "M2P"), "memory"),
+}
 
 
 def render(
-    machine: dict[str, str],
-    results: Sequence[Result],
-    before: Mapping[str, float],
-    pictures: Mapping[str, str] = MappingProxyType({}),
+    records: Mapping[str, Record], rows: Sequence[Row], pictures: Mapping[str, str] = MappingProxyType({})
 ) -> str:
-    """The whole page. `before` are the ratios of the last run, by row; `pictures` are titles by the file's place."""
-    compared = [result for result in results if isinstance(result, Comparison)]
+    """The whole page. `records` are by the code of `rows`, where there is one; `pictures` are titles by place."""
+    found = [records[row.code] for row in rows if row.code in records]
+    machine = max(found, key=lambda each: each.when).machine if found else {}
     parts = [
         "# Results",
-        "Made by `make bench`; how to read it is in [README.md](README.md). Figures are of one run on one machine: "
-        "compare the ratios, not the figures beside them.",
-        "\n".join(f"- {name}: {text}" for name, text in (machine | _idleness(compared)).items()),
-        _table(results, before),
-        *_losses(compared, before),
+        "Made by `make bench` from `results.json`; how to read it is in [README.md](README.md). Figures are of one "
+        "machine: compare the ratios, not the figures beside them. Rows are measured by themselves, too: when and of "
+        "which commit is said in each.",
+        "\n".join(f"- {name}: {text}" for name, text in (machine | _idleness(found)).items()),
+        _table(records, rows),
+        *_losses(found),
         *[f"![{title}]({place})" for place, title in pictures.items()],
-        *[_part(result) for result in results if not isinstance(result, NotRun)],
+        *[_section(each, machine) for each in found],
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _part(result: Comparison | Held) -> str:
+def _section(record: Record, machine: Mapping[str, str]) -> str:
+    """A row's part. What differs from the `machine` at the head of the page is told."""
+    result, row = record.result, record.result.row
+    said = [f"Measured {record.when}, commit {record.commit}."]
+    if other := [f"{name}: {text}" for name, text in record.machine.items() if machine.get(name) != text]:
+        said.append(f"Not as above: {'; '.join(other)}.")
+    if isinstance(result, Comparison) and not row.met(result.ratio):
+        said.append(f"It misses its goal: [what it is spent on]({_profile(row)}).")
+    return "\n\n".join([f"## {row.code}", " ".join(said), _figures(result)])
+
+
+def _profile(row: Row) -> str:
+    return f"{PROFILES}#{HEADINGS[row.code]}" if row.code in HEADINGS else PROFILES
+
+
+def _figures(result: Result) -> str:
+    if isinstance(result, NotRun):
+        return f"Not run: {result.reason}."
     if isinstance(result, Held):
         return _held(result)
     if isinstance(result, Worst):
@@ -47,9 +66,18 @@ def _part(result: Comparison | Held) -> str:
     return _grid(result) if isinstance(result, Grid) else _details(result)
 
 
-def _idleness(results: Iterable[Comparison]) -> dict[str, str]:
-    states = [state for result in results for turn in _rounds(result) for state in turn.before.values()]
+def _idleness(records: Iterable[Record]) -> dict[str, str]:
+    results = [record.result for record in records]
+    states = [state for result in results for state in _states(result)]
     return {"Idle CPU before the turns": _idle(states)} if states else {}
+
+
+def _states(result: Result) -> list[Idle]:
+    if isinstance(result, NotRun):
+        return []
+    if isinstance(result, Held):
+        return list(result.before)
+    return [state for turn in _rounds(result) for state in turn.before.values()]
 
 
 def _rounds(result: Comparison) -> list[Round]:
@@ -67,35 +95,51 @@ def _idle(states: Sequence[Idle]) -> str:
     return text + (f"; up to {stolen:.0f} % stolen by the host" if stolen >= 1 else "")
 
 
-def _table(results: Sequence[Result], before: Mapping[str, float]) -> str:
-    lines = ["| | case | against | ratio (lowest–highest) | goal | met | last run |", "|---|---|---|---|---|---|---|"]
-    for result in results:
-        row = result.row
-        last = f"{before[row.code]:.2f}" if row.code in before else "–"
-        if isinstance(result, NotRun):
-            lines.append(
-                f"| {row.code} | {row.case} | {row.against} | not run: {result.reason} | {row.goal} | – | {last} |"
-            )
-            continue
-        if isinstance(result, Held):
-            told = ("held", "yes") if row.holds else (f"[figures](#{row.code.lower()})", "–")
-            lines.append(f"| {row.code} | {row.case} | {row.against} | {told[0]} | {row.goal} | {told[1]} | – |")
-            continue
-        ratios = result.ratios
-        shown = f"**{result.ratio:.2f}** ({min(ratios):.2f}–{max(ratios):.2f})"
-        met = "yes" if row.met(result.ratio) else "no"
+def _table(records: Mapping[str, Record], rows: Sequence[Row]) -> str:
+    lines = ["| | case | against | ratio (lowest–highest) | goal | met | before |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        shown, met, last = "not measured", "–", "–"
+        if row.code in records:
+            record = records[row.code]
+            row = record.result.row  # as it was when it was measured
+            shown, met = _outcome(record.result)
+            last = "–" if record.last is None else f"{record.last:.2f}"
         lines.append(f"| {row.code} | {row.case} | {row.against} | {shown} | {row.goal} | {met} | {last} |")
     return "\n".join(lines)
 
 
-def _losses(results: Iterable[Comparison], before: Mapping[str, float]) -> Iterable[str]:
-    for result in results:
-        code, ratio = result.row.code, result.ratio
-        if code not in before or not before[code]:
+def _outcome(result: Result) -> tuple[str, str]:
+    """The ratio, or what there is in its place, and whether the goal is met."""
+    row = result.row
+    if isinstance(result, NotRun):
+        return f"not run: {result.reason}".replace("|", "\\|"), "–"
+    if isinstance(result, Held):
+        return ("held", "yes") if row.holds else (f"[figures](#{row.code.lower()})", "–")
+    ratios = result.ratios
+    shown = f"**{result.ratio:.2f}** ({min(ratios):.2f}–{max(ratios):.2f})"
+    if isinstance(result, Grid):
+        shown += "".join(f"; {ratio:.2f} to {what}" for what, ratio in _also(result).items())
+    return shown, "yes" if row.met(result.ratio) else f"[no]({_profile(row)})"
+
+
+def _also(result: Grid) -> dict[str, float]:
+    """What further ratios are to -> the worst of the cells."""
+    found: dict[str, float] = {}
+    for cell in result.cells:
+        for what, name in cell.also.items():
+            ratio = cell._replace(against=name).compared(result.row, result.unit).ratio
+            found[what] = min(ratio, found.get(what, ratio))
+    return found
+
+
+def _losses(records: Iterable[Record]) -> Iterable[str]:
+    for record in records:
+        row, ratio, last = record.result.row, record.ratio, record.last
+        if not last or not ratio:
             continue
-        worse = ratio / before[code] - 1 if result.row.at_most is not None else before[code] / ratio - 1
+        worse = ratio / last - 1 if row.at_most is not None else last / ratio - 1
         if worse > LOSS:
-            yield f"**{code} lost {100 * worse:.0f} % since the last run**, from {before[code]:.2f} to {ratio:.2f}."
+            yield f"**{row.code} lost {100 * worse:.0f} % since it was measured last**, from {last:.2f} to {ratio:.2f}."
 
 
 def _details(result: Comparison) -> str:
@@ -115,7 +159,7 @@ def _details(result: Comparison) -> str:
     ratios = ", ".join(f"{ratio:.2f}" for ratio in result.ratios)
     states = [turn.before[name] for turn in result.rounds for name in names]
     remarks = [f"Ratio round by round: {ratios}.", f"Idle CPU before the turns: {_idle(states)}.", *result.remarks]
-    return "\n".join([f"## {row.code}", "", *lines, "", *[f"- {remark}" for remark in remarks]])
+    return "\n".join([*lines, "", *[f"- {remark}" for remark in remarks]])
 
 
 def _worst(result: Worst) -> str:
@@ -135,34 +179,38 @@ def _worst(result: Worst) -> str:
         lines.append(f"| {' | '.join([*cells, _number(case.size)])} |")
     states = [state for turn in _rounds(result) for state in turn.before.values()]
     remarks = [f"Idle CPU before the rounds: {_idle(states)}.", *result.remarks]
-    return "\n".join(
-        [f"## {row.code}", "", "Medians (lowest–highest).", "", *lines, "", *[f"- {remark}" for remark in remarks]]
-    )
+    return "\n".join(["Medians (lowest–highest).", "", *lines, "", *[f"- {remark}" for remark in remarks]])
 
 
 def _grid(result: Grid) -> str:
     """A line for every cell with the rates, then the figures beside them, a line for every contestant of a cell."""
     row = result.row
     names = list(dict.fromkeys(name for cell in result.cells for name in _samples(cell)))
-    lines = [
-        f"| {row.code}, {result.unit} | ratio to the best | the best | {' | '.join(names)} |",
-        "|---" * (len(names) + 3) + "|",
-    ]
+    heads = [f"{row.code}, {result.unit}", "ratio to the best", "the best"]
+    further = list(dict.fromkeys(what for cell in result.cells for what in cell.also))
+    heads += [head for what in further for head in (f"ratio to {what}", "which")]
+    lines = [f"| {' | '.join([*heads, *names])} |", "|---" * (len(heads) + len(names)) + "|"]
     every = [samples[0] for cell in result.cells for samples in _samples(cell).values()]
     figures = list(dict.fromkeys(figure for sample in every for figure in sample.beside))
     beside = [f"| {row.code}, beside | contestant | {' | '.join(figures)} |", "|---" * (len(figures) + 2) + "|"]
     for cell in result.cells:
         samples = _samples(cell)
         rates = [_spread([each.value for each in samples.get(name, ())]) for name in names]
-        ratio = _spread(cell.compared(row, result.unit).ratios)
-        lines.append(f"| {cell.name} | {ratio} | {cell.against} | {' | '.join(rates)} |")
+        against = [cell.against, *[cell.also.get(what, "") for what in further]]
+        compared = [head for name in against for head in (_ratio(result, cell, name), name or "–")]
+        lines.append(f"| {' | '.join([cell.name, *compared, *rates])} |")
         for name, found in samples.items():
             cells = [_spread([each.beside[f] for each in found if f in each.beside]) for f in figures]
             beside.append(f"| {cell.name} | {name} | {' | '.join(cells)} |")
     states = [state for turn in _rounds(result) for state in turn.before.values()]
     remarks = [f"Idle CPU before the turns: {_idle(states)}.", *result.remarks]
-    head = [f"## {row.code}", "", "Medians (lowest–highest).", ""]
-    return "\n".join([*head, *lines, "", *beside, "", *[f"- {remark}" for remark in remarks]])
+    return "\n".join(["Medians (lowest–highest).", "", *lines, "", *beside, "", *[f"- {remark}" for remark in remarks]])
+
+
+def _ratio(result: Grid, cell: Cell, against: str) -> str:
+    if not against:
+        return "–"
+    return _spread(cell._replace(against=against).compared(result.row, result.unit).ratios)
 
 
 def _samples(cell: Cell) -> dict[str, list[Sample]]:
@@ -180,7 +228,7 @@ def _held(result: Held) -> str:
         cells = [_spread([s.beside[figure] for s in result.figures[name] if figure in s.beside]) for name in names]
         lines.append(f"| {figure} | {' | '.join(cells)} |")
     remarks = [f"Idle CPU before the turns: {_idle(result.before)}.", *result.remarks]
-    return "\n".join([f"## {result.row.code}", "", *lines, "", *[f"- {remark}" for remark in remarks]])
+    return "\n".join([*lines, "", *[f"- {remark}" for remark in remarks]])
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -101,7 +101,7 @@ class Load:
         after, client = self.server.settle(), child_seconds() - client_before
         spent = {"server": after.server - before.server, "store": after.store - before.store, "wrk": client}
         beside = {f"{who} CPU, µs a request": 1e6 * cpu / requests for who, cpu in spent.items()}
-        beside["server busy, %"] = 100 * busy
+        beside |= {"server busy, %": 100 * busy, "wrk busy, %": 100 * client / seconds}
         return Sample(requests / seconds, {"p50 ms": p50, "p99 ms": p99} | beside)
 
     def send(self, seconds: int) -> tuple[int, float, float, float]:

@@ -6,11 +6,13 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import flame, flame_picture, pictures, report
+from benchmarks import flame, flame_picture, pictures, push_pull, records, report
 from benchmarks.bars import LEFT, MOST, RIGHT, Bar, Missing, Panel, chart
-from benchmarks.measure import Comparison, Held, Idle, NotRun, Result, Round, Row, Sample
+from benchmarks.core_rows import Case, worst
+from benchmarks.measure import Cell, Comparison, Held, Idle, NotRun, Result, Round, Row, Sample, grid
+from benchmarks.records import Record
 
-ROWS = {row.code: row for group in bench.GROUPS for row in group.ROWS}
+ROWS = {row.code: row for row in bench.ROWS}
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = 'a < b & "c" > d'
 IDLE = Idle(100.0, 0.0)
@@ -38,6 +40,24 @@ def compared(row: Row, values: tuple[float, ...]) -> Comparison:
 def figures(row: Row) -> Held:
     samples = [Sample(1.0, {"p99 ms": 10.0, "p99.9 ms": 100.0, "requests": 7.0})] * 3
     return Held(row, "p50 ms", {"at 50 %": samples, "at 80 %": samples}, [IDLE], [])
+
+
+def turn(values: dict[str, float]) -> Round:
+    return Round({name: Sample(value, {"CPU": value}) for name, value in values.items()}, dict.fromkeys(values, IDLE))
+
+
+def pushed(name: str, rpc: float, tcp: float) -> Cell:
+    rounds = [turn({"Ravine": 2.0, "torch RPC": rpc, "torch RPC over TCP": tcp})] * 3
+    apart = {"hivemind": [Sample(0.5, {})]}
+    return Cell(name, "torch RPC", rounds, apart, {push_pull.ELSEWHERE: "torch RPC over TCP"})
+
+
+def record(result: Result, *, commit: str = "abc1234", last: float | None = None, cpu: str = "fast") -> Record:
+    return Record(result, f"2026-01-0{len(commit) % 9} 10:00 UTC", commit, {"CPU": cpu}, last)
+
+
+def page(*results: Result) -> str:
+    return report.render({each.row.code: record(each) for each in results}, bench.ROWS)
 
 
 def test_every_row_is_in_one_picture_unless_it_only_holds() -> None:
@@ -80,14 +100,67 @@ def test_pictures_say_what_was_met(tmp_path: Path) -> None:
     assert "2.00 (1.00–3.00), ≥ 6 missed" in steps
     assert "not run: no | such thing" in steps
     assert texts["pictures/latency.svg"].count('class="plain"') == 6
-    page = report.render({}, results, {}, drawn)
-    assert all(f"]({place})" in page for place in drawn)
+    made = report.render({each.row.code: record(each) for each in results}, bench.ROWS, drawn)
+    assert all(f"]({place})" in made for place in drawn)
 
 
 def test_a_row_without_a_goal_has_its_figures_alone() -> None:
-    page = report.render({}, [figures(ROWS["LL"])], {})
-    assert "| [figures](#ll) | – | – | – |" in page
-    assert "| p99.9 ms | 100 (100–100) | 100 (100–100) |" in page
+    made = page(figures(ROWS["LL"]))
+    assert "| [figures](#ll) | – | – | – |" in made
+    assert "| p99.9 ms | 100 (100–100) | 100 (100–100) |" in made
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    forms = [Case("adam", [turn({"Ravine": 2.0, "copy": 4.0})], 28, True)]
+    results = [
+        compared(ROWS["S1"], (0.5, 0.6, 0.7)), NotRun(ROWS["L1"], HOSTILE), figures(ROWS["LS"]),
+        grid(ROWS["P1"], "x", [pushed("a", 1.0, 0.5), pushed("b", 4.0, 8.0)], ["said"]),
+        worst(ROWS["C3"], "ms", forms, []),
+    ]  # fmt: skip
+    kept = {each.row.code: record(each, last=0.25) for each in results}
+    records.save(tmp_path / "results.json", kept)
+    back = records.load(tmp_path / "results.json")
+    assert back == kept
+    assert report.render(back, bench.ROWS) == report.render(kept, bench.ROWS)
+    assert records.load(tmp_path / "none") == {}
+
+
+def test_a_row_that_is_measured_anew_replaces_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, place in (("DATA", "results.json"), ("RESULTS", "RESULTS.md"), ("PICTURES", "pictures")):
+        monkeypatch.setattr(bench, name, tmp_path / place)
+    first = {code: record(compared(ROWS[code], (1.0,)), commit="old") for code in ("L1", "S1")}
+    bench.write(first)
+    again = records.record(compared(ROWS["S1"], (0.5,)), {"CPU": "slow"}, "new1234", first["S1"])
+    bench.write(records.load(bench.DATA) | {"S1": again, "gone": again})
+    made = bench.RESULTS.read_text()
+    assert [line.split(" |")[0] for line in made.splitlines() if line.startswith("| ") and "**" in line] == [
+        "| S1", "| L1",
+    ]  # fmt: skip
+    parts = {part.partition("\n")[0]: part for part in made.split("\n## ")}
+    assert "commit new1234." in parts["S1"]
+    assert "commit old. Not as above: CPU: fast." in parts["L1"]
+    assert "**S1 lost 100 % since it was measured last**, from 1.00 to 0.50." in made
+    assert "| S2 | the same |" in made, "what was not measured is there, and says so"
+    assert (bench.PICTURES / "steps.svg").exists()
+
+
+def test_a_missed_goal_leads_to_where_it_is_told_why() -> None:
+    texts = report.PROFILES.rpartition("/")[2]
+    headings = (flame.DOCS / texts).read_text().splitlines()
+    anchors = {line.lstrip("#").strip().lower().replace(" ", "-") for line in headings if line.startswith("##")}
+    goals = {code for code, row in ROWS.items() if row.at_most is not None or row.at_least is not None}
+    assert set(report.HEADINGS) == goals
+    assert set(report.HEADINGS.values()) <= anchors
+    made = page(compared(ROWS["S1"], (0.1,)), compared(ROWS["S2"], (10.0,)))
+    assert made.count(f"({report.PROFILES}#small-steps)") == 2, "in the table and in its section, of S1 alone"
+
+
+def test_the_ratio_is_to_what_the_goal_names_and_the_other_stands_beside() -> None:
+    made = page(grid(ROWS["P1"], "x", [pushed("a", 1.0, 0.5), pushed("b", 4.0, 8.0)], []))
+    assert f"**0.50** (0.50–0.50); 0.25 to {push_pull.ELSEWHERE}" in made
+    small, large = push_pull.SIZES[0], push_pull.SIZES[1]
+    assert [push_pull.could_be_elsewhere(push_pull.RAY, size) for size in (small, large)] == [True, False]
+    assert not push_pull.could_be_elsewhere(push_pull.RPC, small)
 
 
 def test_the_parts_of_a_flame_graph_add_up() -> None:

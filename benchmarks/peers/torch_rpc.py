@@ -1,8 +1,9 @@
 """A parameter server over torch.distributed.rpc, as torch's tutorials have it. P1.
 
-    python -m benchmarks.peers.torch_rpc SIZE WORKERS DIRECTORY
+    python -m benchmarks.peers.torch_rpc SIZE WORKERS DIRECTORY [tcp]
 
-TensorPipe carries the tensors beside the call, on one machine through shared memory. The server has threads for all
+TensorPipe carries the tensors beside the call, on one machine through shared memory; with `tcp` as it does between
+machines: of its transports and channels only those that are TCP are let in. The server has threads for all
 workers; a lock keeps a step and the copy of its parameters together, without which a worker could be sent parameters
 in the middle of somebody else's step. Worker and server find each other by a file, so that nothing listens beyond the
 loopback.
@@ -24,6 +25,8 @@ from torch.distributed import rpc
 from benchmarks.peers.contestant import Crew, serve, work
 
 SERVER = "server"
+# TCP by libuv, and the channel that sends tensors over the transport. (The others read each other's memory.)
+TCP = {"_transports": ["uv"], "_channels": ["basic"]}
 
 
 class ParameterServer:
@@ -49,16 +52,16 @@ def push(gradient: torch.Tensor) -> torch.Tensor:
     return holder[SERVER].push(gradient)
 
 
-def join(name: str, rank: int, world: int, meeting: str) -> None:
+def join(name: str, rank: int, world: int, meeting: str, tcp: bool) -> None:
     options = rpc.TensorPipeRpcBackendOptions(
-        num_worker_threads=max(16, world), init_method=f"file://{meeting}", rpc_timeout=120
+        num_worker_threads=max(16, world), init_method=f"file://{meeting}", rpc_timeout=120, **(TCP if tcp else {})
     )
     rpc.init_rpc(name, rank=rank, world_size=world, rpc_backend_options=options)
 
 
-def worker(orders: Connection, number: int, size: int, world: int, meeting: str) -> None:
+def worker(orders: Connection, number: int, size: int, world: int, meeting: str, tcp: bool) -> None:
     warnings.simplefilter("ignore")
-    join(f"worker{number}", number + 1, world, meeting)
+    join(f"worker{number}", number + 1, world, meeting, tcp)
 
     def exchange(array: np.ndarray) -> np.ndarray:
         found: np.ndarray = rpc.rpc_sync(SERVER, push, args=(torch.from_numpy(array),)).numpy()
@@ -69,14 +72,14 @@ def worker(orders: Connection, number: int, size: int, world: int, meeting: str)
 
 
 class TorchRpc:
-    def __init__(self, size: int, workers: int, directory: str) -> None:
+    def __init__(self, size: int, workers: int, directory: str, tcp: bool) -> None:
         meeting = str(Path(directory) / "meeting")
         holder[SERVER] = self._server = ParameterServer(size)
-        self._crew = Crew(worker, workers, size, workers + 1, meeting)
-        join(SERVER, 0, workers + 1, meeting)
+        self._crew = Crew(worker, workers, size, workers + 1, meeting, tcp)
+        join(SERVER, 0, workers + 1, meeting, tcp)
         self._crew.ready()
         self.server = os.getpid()
-        self.version = f"torch {torch.__version__}"
+        self.version = f"torch {torch.__version__}, {'TCP alone' if tcp else 'shared memory'}"
         self.check, self.turn = self._crew.check, self._crew.turn
 
     def end(self) -> dict[str, int]:
@@ -88,4 +91,4 @@ class TorchRpc:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    serve(TorchRpc(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
+    serve(TorchRpc(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:] == ["tcp"]))
