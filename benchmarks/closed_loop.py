@@ -8,6 +8,7 @@ count and percentiles of the latency in ms; how many were refused, and how long 
 """
 
 import asyncio
+import contextlib
 import random
 import resource
 import sys
@@ -16,6 +17,8 @@ from typing import cast
 from urllib.parse import urlsplit
 
 import uvloop
+
+LAST_SECONDS = 2.0  # for what is under way at the end
 
 
 class Client(asyncio.Protocol):
@@ -36,6 +39,7 @@ class Client(asyncio.Protocol):
         if self._figures.over or self._transport is None:
             return
         self._sent = time.perf_counter()
+        self._figures.under_way += 1
         self._transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
@@ -51,6 +55,7 @@ class Client(asyncio.Protocol):
         self._took(int(head[9:12]), time.perf_counter() - self._sent)
 
     def _took(self, status: int, seconds: float) -> None:
+        self._figures.answered()
         if status == 200:
             self._figures.accepted.append(seconds)
             self._send()
@@ -71,7 +76,17 @@ class Figures:
         self.over = False
         self.accepted: list[float] = []
         self.refused: list[float] = []
-        self.broken = 0
+        self.broken = self.under_way = 0
+        self._none = asyncio.Event()
+
+    def answered(self) -> None:
+        self.under_way -= 1
+        if self.over and not self.under_way:
+            self._none.set()
+
+    async def all_answered(self) -> None:
+        if self.under_way:
+            await self._none.wait()
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -102,7 +117,8 @@ async def main(url: str, clients: int, seconds: float, body: str, paths: list[st
         f"p99={percentile(figures.accepted, 0.99):.4f} refusal={percentile(figures.refused, 0.5):.4f}",
         flush=True,
     )
-    await asyncio.sleep(2)  # what is under way is answered: it is in the store
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(figures.all_answered(), LAST_SECONDS)  # and so it is in the store
 
 
 if __name__ == "__main__":

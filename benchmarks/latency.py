@@ -16,14 +16,14 @@ from dataclasses import dataclass
 
 from benchmarks import large_open_loop, large_steps, open_loop, processes
 from benchmarks.measure import Held, Plan, Result, Row, Sample, Unmeasured, alternate, one_by_one, say
-from benchmarks.overload import Target
+from benchmarks.overload import CARRIED_SECONDS, REFUSED, Target
 from benchmarks.processes import Server, call
 
 SHARES = (0.5, 0.8)
 TRIES = 3
 SMALL_CLIENTS = (32, 64)
 # Percentiles are of what was accepted. Where more than this was not, they would be those of a lesser rate.
-REFUSED, MOST_REFUSED = "refused, %", 1.0
+MOST_REFUSED = 1.0
 LARGE_SIZE, LARGE_SESSIONS = 1_000_000, 4
 # At L1's rates a turn of a few seconds has too few requests for a 99.9th percentile.
 LARGE_TIMES = 4
@@ -73,7 +73,8 @@ def _hold(row: Row, plan: Plan) -> Held:
         f"The highest rate that was found, in a closed loop, was {highest:,.4g} requests/s; the clients took "
         f"{busy:.0f} % of a core.",
         f"Of what was sent in a turn, at most {max(map(max, refused.values())):.2g} % were refused.",
-        f"A turn has {least:,} requests or more: of these {least // 1000:,} are slower than its p99.9.",
+        f"A turn has {least:,} requests or more: "
+        + (f"of these {least // 1000:,} are slower than its p99.9." if least >= 2000 else "its p99.9 is its slowest."),
     ]
     return Held(row, "p50 ms", figures, [state for turn in rounds for state in turn.before.values()], remarks)
 
@@ -130,7 +131,7 @@ class Large:
 
     def highest(self) -> tuple[float, float]:
         """The same."""
-        return max(self._closed(clients, self._seconds) for clients in LARGE_CLIENTS)
+        return max(self._closed(clients, CARRIED_SECONDS) for clients in LARGE_CLIENTS)
 
     def send(self, rate: float) -> tuple[float, Mapping[str, float]]:
         found = self._run(rate, LARGE_TIMES * self._seconds, LARGE_CONNECTIONS)

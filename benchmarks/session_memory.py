@@ -80,11 +80,12 @@ class Use:
 
     server: Server
     file: bytes
+    left: int = 0  # bytes of the process after the last session
 
     def once(self) -> dict[str, Sample]:
         """MB, by what it is."""
         server = self.server
-        before = self._rest()
+        before = self.left or self._rest()
         processes.forget_peak(server.pid)
         path = session(server, SIZE)
         made = processes.peak_memory(server.pid) - before
@@ -99,7 +100,8 @@ class Use:
         if found["step"] != 2 * STEPS:
             raise Unmeasured(f"{2 * STEPS} steps were answered, the store has {found['step']}")
         call(server.url, "DELETE", path)
-        left = {"left after it was deleted": (self._rest() - before) / 1e6}
+        self.left = self._rest()
+        left = {"left after it was deleted": (self.left - before) / 1e6}
         return {
             REST: Sample(rest / 1e6, left),
             PEAK: Sample(peak / 1e6, {"peak while it was made, and its parameters sent": made / 1e6}),
