@@ -1,7 +1,8 @@
 """Horizontal bars as SVG, readable on light and on dark pages, without scripts, fonts or anything else from outside.
 
 A panel shows either ratios, each on its own goal's scale, so that one line is the goal of all, or amounts on a
-logarithmic scale. A bar ends at the median; a thin line over it goes from the lowest to the highest.
+logarithmic scale. A bar ends at the median; a thin line over it goes from the lowest to the highest. Where the scale
+has no zero, a dot is the median: how long a bar is would mean nothing.
 """
 
 import math
@@ -87,22 +88,25 @@ def _panel(panel: Panel, y: int) -> list[str]:
         lines.append(f'<line class="{kind}" x1="{x:.1f}" y1="{top - 4}" x2="{x:.1f}" y2="{bottom + 4}"/>')
         parts.append(_text(x, bottom + 17, name, "small", "middle"))
     for number, line in enumerate(panel.lines):
-        parts += _line(line, top + LINE * number, place, MOST if panel.goal else math.inf)
+        parts += _line(line, top + LINE * number, place, MOST if panel.goal else math.inf, dot=not panel.goal)
     return parts + goals
 
 
-def _line(line: Bar | Missing, y: int, place: Callable[[float], float], most: float) -> list[str]:
+def _line(line: Bar | Missing, y: int, place: Callable[[float], float], most: float, *, dot: bool) -> list[str]:
     label = _text(LEFT - 10, y + 17, line.label, "", "end")
     if isinstance(line, Missing):
-        return [label, _text(LEFT + 4, y + 17, f"not run: {line.reason}", "small")]
+        return [label, _text(RIGHT + 14, y + 17, f"not run: {line.reason}", "small")]
     kind = {True: "met", False: "missed", None: "plain"}[line.met]
     end, low, high = place(line.value), place(line.low), place(line.high)
     beyond = f'<path class="{kind}" d="M{RIGHT + 1} {y + 5}l6 7.5l-6 7.5z"/>' if line.high > most else ""
+    bar = f'<rect class="{kind}" x="{LEFT}" y="{y + 5}" width="{max(end - LEFT, 1):.1f}" height="{LINE - 9}" rx="2"/>'
+    point = f'<circle class="{kind}" cx="{end:.1f}" cy="{y + 12.5}" r="4.5"/>'
     return [
         label,
-        f'<rect class="{kind}" x="{LEFT}" y="{y + 5}" width="{max(end - LEFT, 1):.1f}" height="{LINE - 9}" rx="2"/>',
+        "" if dot else bar,
         beyond,
         f'<path class="spread" d="M{low:.1f} {y + 8}v9m0 -4.5H{high:.1f}m0 -4.5v9"/>',
+        point if dot else "",
         _text(RIGHT + 14, y + 17, line.told),
     ]
 

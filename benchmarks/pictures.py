@@ -8,7 +8,7 @@ from typing import NamedTuple
 from benchmarks.bars import Bar, Missing, Panel, chart
 from benchmarks.measure import Comparison, Grid, Held, NotRun, Result, Row
 
-SHORTEST = 46  # letters of a reason that a line has room for
+SHORTEST = 28  # letters of a reason that a line has room for
 
 
 class Group(NamedTuple):
@@ -55,8 +55,24 @@ def _panels(results: Sequence[Result]) -> Iterator[Panel]:
         if lines:
             yield Panel(head, lines)
     for result in results:
+        if isinstance(result, Grid):
+            yield from _further(result)
         if isinstance(result, Held) and not result.row.holds:
             yield Panel(f"{result.row.code}: {_shortened(result.row.case, 100)}", list(_amounts(result)), False, "ms")
+
+
+def _further(result: Grid) -> Iterator[Panel]:
+    """What else the cells are held against. There is no goal for it."""
+    row = result.row
+    for what in dict.fromkeys(what for cell in result.cells for what in cell.also):
+        bars = []
+        for cell in result.cells:
+            if what in cell.also:
+                ratios = cell._replace(against=cell.also[what]).compared(row, result.unit).ratios
+                low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+                told = f"{middle:.2f} ({low:.2f}–{high:.2f}), {cell.also[what]}"
+                bars.append(Bar(f"{row.code}, {cell.name}", middle, low, high, told))
+        yield Panel(f"{row.code}: ratio to {what} (no goal)", bars, False, "×")
 
 
 def _lines(result: Result) -> Iterator[Bar | Missing]:
@@ -68,7 +84,7 @@ def _lines(result: Result) -> Iterator[Bar | Missing]:
         for cell in result.cells:
             yield _bar(cell.compared(row, result.unit), f"{row.code}, {cell.name}")
     elif isinstance(result, Comparison):
-        yield _bar(result, f"{row.code}, to {row.theirs}")
+        yield _bar(result, f"{row.code} ({row.theirs}: 1)")
 
 
 def _bar(result: Comparison, label: str) -> Bar:
