@@ -63,7 +63,7 @@ demo: $(VENV)/.demo  ## train digits with four optimizers over HTTP; writes two 
 demo-workers: $(VENV)/.demo  ## many workers on one session: asynchronous, federated, DiLoCo, with liars; a picture of each
 	for example in asynchronous federated diloco byzantine; do $(BIN)/python examples/$$example.py $(ARGS) || exit; done
 
-bench: $(VENV)/.test  ## the benchmarks; writes benchmarks/RESULTS.md (ARGS="S1 L1" runs some of them)
+bench: $(VENV)/.test  ## the benchmarks; writes benchmarks/RESULTS.md (ARGS="S1 L1" runs some, "--update S1 L1" writes them)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-peers: benchmarks/peers/.venv/.made  ## an environment with what `make bench` compares with (torch and others: gigabytes)

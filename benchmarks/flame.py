@@ -250,6 +250,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, default=DOCS, help="where the pictures go; the page only with docs/")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with it all that was started
+    commit = machine.commit()  # before there is anything new
     profiles = []
     for title, picture, watched in CASES:
         say(title)
@@ -262,7 +263,7 @@ def main() -> None:
         (given.to / picture).write_text(render(title, stacks, part_of))
         profiles.append(Profile(title, picture, sum(stacks.values()), shares(stacks), idle))
     about, day = machine.describe(), datetime.now(UTC).strftime("%Y-%m-%d")
-    text = table(profiles, f"{day}, commit {machine.commit()}, {about['CPU']}, Python {about['Python']}.")
+    text = table(profiles, f"{day}, commit {commit}, {about['CPU']}, Python {about['Python']}.")
     print(text)
     if given.to.resolve() == DOCS.resolve():
         before, _, rest = PAGE.read_text().partition(BEGIN)
