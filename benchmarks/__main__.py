@@ -82,7 +82,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--update", action="store_true", help="put the rows that are named in place of what was measured"
     )
-    parser.add_argument("--rounds", type=int, default=7, help=f"turns of each contestant, at least {LEAST_ROUNDS}")
+    parser.add_argument(
+        "--rounds", type=int, default=LEAST_ROUNDS, help=f"turns of each contestant, at least {LEAST_ROUNDS}"
+    )
     parser.add_argument("--seconds", type=int, default=4, help="length of a turn of the server rows")
     given = parser.parse_args()
     if unknown := sorted(set(given.rows) - set(CODES)):

@@ -26,7 +26,7 @@ SMALL_CLIENTS = (32, 64)
 MOST_REFUSED = 1.0
 LARGE_SIZE, LARGE_SESSIONS = 1_000_000, 4
 # At L1's rates a turn of a few seconds has too few requests for a 99.9th percentile.
-LARGE_TIMES = 4
+LARGE_TIMES = 3
 LARGE_CLIENTS, LARGE_CONNECTIONS = (1, 2, 4), 8
 
 ROWS = (

@@ -7,8 +7,8 @@ took are held against what its workers sent.
 
 The ratio is to the best peer of each cell, and the row's the worst of the cells. Some peers are as fast as they are
 because all is on one machine; beside it stands the ratio to the best of those whose server and workers talk as they
-would from machine to machine, as Ravine's do. What is far from the best of a
-size, or would need all of the memory beside the others, takes its turns alone and, where they are long, once.
+would from machine to machine, as Ravine's do. What is far from the best of a size, and would need all of the memory
+beside the others, takes a single turn alone.
 """
 
 import contextlib
@@ -30,7 +30,20 @@ import numpy as np
 from benchmarks import processes
 from benchmarks.core_rows import Answering
 from benchmarks.large_steps import COMPILE_SECONDS, MEDIA, new_session, safetensors
-from benchmarks.measure import Cell, Plan, Result, Row, Sample, Unmeasured, alternate, best, grid, one_by_one, say
+from benchmarks.measure import (
+    Cell,
+    Plan,
+    Result,
+    Round,
+    Row,
+    Sample,
+    Unmeasured,
+    alternate,
+    best,
+    grid,
+    one_by_one,
+    say,
+)
 from benchmarks.peers.contestant import SCALES, gradient
 from benchmarks.processes import ROOT, Server, call
 from core.evaluate import WORTH_COMPILING
@@ -39,6 +52,8 @@ WORKERS = (1, 2, 4, 8)
 ROUNDS = 5
 ANSWER_SECONDS = 180
 END_SECONDS = 30
+# What is below this share of the best need not take its turns with the others.
+FAR = 0.7
 # How much longer than the others' a window may get, on a machine that is not idle, until something ends within it.
 LONGEST = 10
 
@@ -56,13 +71,13 @@ class Size(NamedTuple):
     count: int
     warm: float
     share: float
-    apart: Mapping[str, int]
+    apart: Sequence[str]
 
 
 SIZES = (
-    Size("10 K", 10_000, 0.2, 0.25, {HIVEMIND: ROUNDS}),
-    Size("1 M", 1_000_000, 0.3, 0.25, {HIVEMIND: ROUNDS}),
-    Size("10 M", 10_000_000, 0.8, 0.625, {HIVEMIND: 1, FLOWER: 1}),
+    Size("10 K", 10_000, 0.2, 0.25, (HIVEMIND,)),
+    Size("1 M", 1_000_000, 0.3, 0.25, (HIVEMIND,)),
+    Size("10 M", 10_000_000, 0.8, 0.625, (HIVEMIND, FLOWER)),
 )
 
 ROWS = (
@@ -109,9 +124,9 @@ def _compare(row: Row, plan: Plan) -> Result:
 def _cells(size: Size, plan: Plan, remarks: dict[str, None]) -> list[Cell]:
     """All cells of one size. A peer that fails is left out, with a remark; a failure of ours is raised."""
     apart: dict[str, dict[int, list[Sample]]] = {}
-    for name, rounds in size.apart.items():
+    for name in size.apart:
         try:
-            apart[name] = _alone(name, rounds, size, plan, remarks)
+            apart[name] = _alone(name, size, plan, remarks)
         except Unmeasured as reason:
             remarks[f"{name}, {size.name}: not run: {reason}."] = None
     with ExitStack() as stack:
@@ -135,8 +150,8 @@ def _named(contestants: "Sequence[Pushing]") -> bool:
     return any(each.name not in (RAVINE, *_NOT_IN_GOAL) for each in contestants)
 
 
-def _alone(name: str, rounds: int, size: Size, plan: Plan, remarks: dict[str, None]) -> dict[int, list[Sample]]:
-    """The samples of a contestant that runs by itself, by the number of workers."""
+def _alone(name: str, size: Size, plan: Plan, remarks: dict[str, None]) -> dict[int, list[Sample]]:
+    """The sample of a contestant that runs by itself, by the number of workers."""
     say(f"  {size.name}, {name} alone")
     with ExitStack() as stack:
         contestant = _peer(stack, name, size, plan)
@@ -145,7 +160,7 @@ def _alone(name: str, rounds: int, size: Size, plan: Plan, remarks: dict[str, No
             if workers == 1 and name == HIVEMIND:  # which is for several
                 continue
             contestant.workers = workers
-            found[workers] = [contestant.turn() for _ in range(rounds)]
+            found[workers] = [contestant.turn()]
         remarks[contestant.end()] = None
     return found
 
@@ -175,7 +190,18 @@ def _cell(
     beside = {other: samples[workers] for other, samples in apart.items() if workers in samples}
     remote = [peer for peer in peers if could_be_elsewhere(peer, size)]
     also = {ELSEWHERE: best(rounds, remote)} if remote else {}
-    return Cell(name, best(rounds, [peer for peer in peers if peer not in _NOT_IN_GOAL]), rounds, beside, also)
+    against = best(rounds, [peer for peer in peers if peer not in _NOT_IN_GOAL])
+    if near := _near(against, rounds, beside):
+        raise Unmeasured(f"{name}: {near} is near the best, and has to take its turns with the others")
+    if near := _near(also.get(ELSEWHERE, against), rounds, beside):
+        remarks[f"{name}: {near}, which took its turn alone, is near {ELSEWHERE}."] = None
+    return Cell(name, against, rounds, beside, also)
+
+
+def _near(best_one: str, rounds: Sequence[Round], apart: Mapping[str, Sequence[Sample]]) -> str:
+    """One of those that took their turns alone, and is not far from this one; or nothing."""
+    least = min(turn.samples[best_one].value for turn in rounds)
+    return next((name for name, samples in apart.items() if samples[0].value > FAR * least), "")
 
 
 def could_be_elsewhere(peer: str, size: Size) -> bool:
