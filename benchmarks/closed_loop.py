@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import uvloop
 
+from benchmarks.open_loop import percentile
+
 LAST_SECONDS = 2.0  # for what is under way at the end
 
 
@@ -87,10 +89,6 @@ class Figures:
     async def all_answered(self) -> None:
         if self.under_way:
             await self._none.wait()
-
-
-def percentile(values: list[float], share: float) -> float:
-    return 1e3 * sorted(values)[int(share * (len(values) - 1))] if values else 0.0
 
 
 async def main(url: str, clients: int, seconds: float, body: str, paths: list[str]) -> None:

@@ -57,8 +57,6 @@ def _hold(row: Row, plan: Plan) -> Held:
         highest, busy = max(sending.highest() for _ in range(TRIES))
         say(f"  the highest rate: {highest:.4g} requests/s")
         contestants = [Sharing(f"at {100 * share:g} %", share * highest, sending.send) for share in SHARES]
-        for contestant in contestants:
-            contestant.turn()
         rounds = alternate(contestants, plan.rounds)
     figures = {each.name: [turn.samples[each.name] for turn in rounds] for each in contestants}
     refused = {name: [sample.beside.get(REFUSED, 0.0) for sample in samples] for name, samples in figures.items()}
@@ -74,7 +72,7 @@ def _hold(row: Row, plan: Plan) -> Held:
         f"{busy:.0f} % of a core.",
         f"Of what was sent in a turn, at most {max(map(max, refused.values())):.2g} % were refused.",
         f"A turn has {least:,} requests or more: "
-        + (f"of these {least // 1000:,} are slower than its p99.9." if least >= 2000 else "its p99.9 is its slowest."),
+        + (f"of these {least // 1000:,} are slower than its p99.9." if least >= 1000 else "its p99.9 is its slowest."),
     ]
     return Held(row, "p50 ms", figures, [state for turn in rounds for state in turn.before.values()], remarks)
 

@@ -16,6 +16,7 @@ percentile, ms); this process's CPU seconds; and how many were sent and accepted
 """
 
 import gc
+import math
 import random
 import resource
 import select
@@ -138,7 +139,8 @@ class Load:
 
 
 def percentile(values: list[float], share: float) -> float:
-    return 1e3 * sorted(values)[int(share * (len(values) - 1))] if values else 0.0
+    """In milliseconds: the least of the values that so large a share is not above (nearest rank)."""
+    return 1e3 * sorted(values)[max(0, math.ceil(share * len(values)) - 1)] if values else 0.0
 
 
 def main(url: str, rate: float, seconds: float, body: str, paths: list[str]) -> None:

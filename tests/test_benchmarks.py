@@ -10,6 +10,7 @@ from benchmarks import flame, flame_picture, pictures, push_pull, records, repor
 from benchmarks.bars import LEFT, MOST, RIGHT, Bar, Missing, Panel, chart
 from benchmarks.core_rows import Case, worst
 from benchmarks.measure import Cell, Comparison, Held, Idle, NotRun, Result, Round, Row, Sample, grid
+from benchmarks.open_loop import percentile
 from benchmarks.records import Record
 
 ROWS = {row.code: row for row in bench.ROWS}
@@ -108,6 +109,12 @@ def test_a_row_without_a_goal_has_its_figures_alone() -> None:
     made = page(figures(ROWS["LL"]))
     assert "| [figures](#ll) | – | – | – |" in made
     assert "| p99.9 ms | 100 (100–100) | 100 (100–100) |" in made
+
+
+def test_a_percentile_is_a_value_that_was_measured() -> None:
+    values = [0.001 * n for n in range(1, 1001)]
+    assert [round(percentile(values, share)) for share in (0.5, 0.99, 0.999, 1.0)] == [500, 990, 999, 1000]
+    assert round(percentile(values[:400], 0.999)) == 400, "of a few hundred it is the slowest"
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:
