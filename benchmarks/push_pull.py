@@ -51,7 +51,7 @@ from core.evaluate import WORTH_COMPILING
 WORKERS = (1, 2, 4, 8)
 ROUNDS = 5
 ANSWER_SECONDS = 180
-END_SECONDS = 30
+END_SECONDS = 10
 # What is below this share of the best need not take its turns with the others.
 FAR = 0.7
 # How much longer than the others' a window may get, on a machine that is not idle, until something ends within it.
