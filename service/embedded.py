@@ -46,12 +46,13 @@ from service.valkey import (
     LOG_DIRECTORY,
     RETIRED_LOG,
     EmbeddedFailed,
+    LogSync,
     find_binary,
     make_private,
     move_log_away,
     open_pidfd,
+    pause_after,
     socket_path,
-    sync_log,
     try_lock,
 )
 
@@ -145,12 +146,12 @@ class Embedded:
                 pause = min(10.0, 2 * pause)
 
     async def flush(self) -> None:
-        """Sync the log to the disk every second, until cancelled: what durability "everysec" promises."""
-        synced: dict[Path, int] = {}
+        """Sync the log to the disk every second or sooner, until cancelled: what durability "everysec" promises."""
+        sync, pause = LogSync(self.data / LOG_DIRECTORY), 1.0
         while self.durability == "everysec":
-            await asyncio.sleep(1)
+            await asyncio.sleep(pause)
             try:
-                await asyncio.to_thread(sync_log, self.data / LOG_DIRECTORY, synced)
+                pause = pause_after(pause, await asyncio.to_thread(sync))
             except OSError as error:
                 self._say(f"The log in {self.data} could not be synced to the disk: {error}")
 
