@@ -39,7 +39,7 @@ HEAVY = 256 * 1024
 UNCOPIED = 4096
 # More pipelines at once than this gain nothing: the next one collects what comes meanwhile.
 AT_ONCE = 2
-# So many travel alone at once, each over a connection of its own: a gradient of 1 GB is 256 chunks.
+# So many travel alone at once, each over a connection of its own: a gradient of 1 GB is 1024 chunks.
 ALONE_AT_ONCE = 8
 # Commands at once in a cluster, each over a connection: redis-py fails at the 101st to one node, rather than wait.
 CLUSTER_AT_ONCE = 64

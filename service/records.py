@@ -29,7 +29,9 @@ FORMAT = "1"
 # Before the commit of a head that is lost: no memory stands there.
 LOST = "lost:"
 INLINE = 64 * 1024
-CHUNK = 4 * 1024 * 1024
+# The store writes one chunk to its log while the next is sent, and finds memory for it where the last one was. 40 MB in
+# 40 chunks took three quarters of the time that they took in ten; smaller chunks gained nothing more.
+CHUNK = 1024 * 1024
 
 Pieces = Sequence[bytes | memoryview]
 
