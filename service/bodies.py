@@ -14,11 +14,13 @@ given up after GRACE seconds, not after five hours.
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
+from functools import partial
 from typing import Any, Final, TypeAlias
 
 from core.layout import Array
 from service.admission import ARRIVED, TICKET, Ticket
 from service.errors import UnsupportedMedia
+from service.intake import INTAKE, Begin, Intake
 from service.problems import RequestTimeout
 from service.recycling import blocks, fresh
 from service.wire.errors import BodyTooLarge
@@ -59,6 +61,7 @@ async def read(scope: MutableMapping[str, Any], headers: Headers, receive: Recei
             whole: bytes = message.get("body", b"")
             return whole
     pieces = Pieces(receive, limit, scope.get(TICKET))
+    pieces.intake = scope.pop(INTAKE, None)
     body: Body = b""
     if message is not None:
         body = pieces.take(message)
@@ -90,6 +93,7 @@ class Pieces:
         "_receive",
         "begun",
         "grace",
+        "intake",
         "limit",
         "more",
         "size",
@@ -101,6 +105,7 @@ class Pieces:
         self._receive = receive
         self._claimed = 0
         self.begun = b""
+        self.intake: Begin | None = None
         self.limit = limit
         self.ticket = ticket
         self.grace = GRACE if ticket is None else ticket.stall_seconds
@@ -122,14 +127,24 @@ class Pieces:
         if self.size > self.limit:
             raise BodyTooLarge(self.limit)
         if self.size > self._claimed and (self.more or self.size >= SMALL):
-            self._claim()
+            self._claim(self.size)
         if self.size >= self._due and self.timeout is not None:
             self._move_on(self.timeout)
         return piece
 
-    def _claim(self) -> None:
+    def came(self, length: int, size: int) -> int:
+        """`size` bytes more of a body of `length`, past the messages: see intake.Came."""
+        self.size += size
+        if self.size >= self._due and self.timeout is not None:
+            self._move_on(self.timeout)
+        if length > self.size >= self._claimed:
+            self._claim(self.size + 1)
+        return min(length, self._claimed) - self.size
+
+    def _claim(self, size: int) -> None:
         """Raises Overloaded."""
-        size = self.size if self.size <= FIRM else min(-(-self.size // HUGE) * HUGE, max(self.limit, self.size))
+        if size > FIRM:
+            size = min(-(-size // HUGE) * HUGE, max(self.limit, size))
         if self.ticket is not None:
             self.ticket.claim(size - self._claimed)
         self._claimed = size
@@ -176,12 +191,28 @@ async def _fill(length: int, pieces: Pieces) -> Body:
     end = len(first)
     view[:end] = first
     del first
+    if pieces.more and pieces.intake is not None:
+        intake = pieces.intake(view[end:], partial(pieces.came, length))
+        if intake is not None:
+            await _take_in(pieces, intake)
+            end = length
     while pieces.more:
         piece = await pieces.next()
         begin, end = end, end + len(piece)
         view[begin:end] = piece
     blocks.keep(room)
     return view[:end]
+
+
+async def _take_in(pieces: Pieces, intake: Intake) -> None:
+    """The rest of the body, which is read past the messages: what they say is how far it is, and that it goes on."""
+    try:
+        while pieces.more:
+            await pieces.next()
+            if intake.fault is not None:
+                raise intake.fault
+    finally:
+        intake.end()
 
 
 def _room(length: int, pieces: Pieces) -> Array:

@@ -185,6 +185,11 @@ class PlainOutlet(Outlet):
         """Bytes that the kernel has not been given yet."""
         return self._transport.get_write_buffer_size()
 
+    def listen_by(self, protocol: asyncio.BaseProtocol) -> None:
+        """What comes from now on is for `protocol`."""
+        if not self._over:
+            self._transport.set_protocol(protocol)
+
     def let_go(self) -> None:
         """The connection is another process's now: it goes on, though not here. Nothing may be unsent."""
         self.deaf = True

@@ -31,6 +31,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from service.admission import ALWAYS, ARRIVED, READY, TICKET, Admission, Ticket
 from service.flow import Flow
+from service.intake import INTAKE, Came, Intake
 from service.outlet import PlainOutlet, TlsOutlet, outlet_of
 from service.problems import HeadTooLarge, MalformedRequest, RequestTimeout, as_sent
 
@@ -220,6 +221,25 @@ class Guarded(HttpToolsProtocol):
         if cycle.keep_alive and (self.expect_100_continue or int(length) > DRAINED):
             cycle.keep_alive = False
             self._closing_cycle = cycle
+            if int(length) > DRAINED:
+                cycle.scope[INTAKE] = self._take_in  # type: ignore[typeddict-unknown-key]
+
+    def _take_in(self, room: memoryview, came: Came) -> Intake | None:
+        outlet, cycle = self._outlet, self._running
+        if cycle is None or cycle is not self.cycle or cycle.body or not cycle.more_body:
+            return None
+        return Intake(self, room, came) if isinstance(outlet, PlainOutlet) and not outlet.deaf else None
+
+    def listen_by(self, protocol: asyncio.BaseProtocol | None) -> None:
+        if isinstance(self._outlet, PlainOutlet):
+            self._outlet.listen_by(protocol or self)
+
+    def body_came(self, *, whole: bool) -> None:
+        """Past the parser, which begins anew with what follows it."""
+        if whole:
+            self.parser = httptools.HttpRequestParser(self)
+            self.on_message_complete()
+        self.cycle.message_event.set()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

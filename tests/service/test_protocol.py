@@ -12,11 +12,13 @@ import uvloop
 from uvicorn.server import ServerState
 
 from service.admission import Admission
+from service.bodies import ClientGone, read
 from service.protocol import Guarded, guarded
 
 PATIENCE = 20.0  # seconds
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
 WHOLE = HEAD + b"Content-Length: 2\r\n\r\nok"
+LONG = HEAD + b"Content-Length: %d\r\n\r\n" % (3 << 20)
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +29,11 @@ def uncollected() -> Iterator[None]:
     gc.enable()
 
 
-async def echo(scope: Any, receive: Any, send: Any) -> None:
-    message = {"body": b"", "more_body": True}
-    while message.get("more_body"):
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return
+async def taker(scope: Any, receive: Any, send: Any) -> None:
+    try:
+        await read(scope, dict(scope["headers"]), receive, 8 << 20)
+    except ClientGone:
+        return
     headers = [(b"content-length", b"2")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": b"ok"})
@@ -47,7 +48,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def left_of(sent: bytes, replies: int, admission: Admission) -> int:
     """How many of three connections are there still, after each has sent that, got its replies and was closed."""
     made: list[weakref.ref[Guarded]] = []
-    config = uvicorn.Config(echo, ws="none", lifespan="off", log_config=None)
+    config = uvicorn.Config(taker, ws="none", lifespan="off", log_config=None)
     config.load()
     state = ServerState()
 
@@ -80,10 +81,12 @@ async def left_of(sent: bytes, replies: int, admission: Admission) -> int:
         (HEAD, 0),
         (WHOLE, 1),
         (WHOLE * 3, 3),
+        (LONG + b" " * (3 << 20) + WHOLE, 2),
         (HEAD + b"Content-Length: 5\r\n\r\nok", 0),
+        (LONG + b" " * (2 << 20), 0),
         (HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 1),
     ],
-    ids=["silent", "head", "whole", "pipelined", "body", "malformed"],
+    ids=["silent", "head", "whole", "pipelined", "long body", "body", "part of a long body", "malformed"],
 )
 def test_nothing_of_a_connection_is_left(sent: bytes, replies: int) -> None:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
