@@ -118,10 +118,13 @@ LAYERS: dict[str, set[str]] = {
     "service.problem_table": set(),
     "service.problems": CORE | WIRE | {"service.errors", "service.pages", "service.problem_table"},
     "service.admission": {"service.errors"},
-    "service.bodies": CORE | WIRE | {"service.admission", "service.errors", "service.problems", "service.recycling"},
+    "service.intake": {"service.errors"},
+    "service.bodies": CORE
+    | WIRE
+    | {"service.admission", "service.errors", "service.intake", "service.problems", "service.recycling"},
     "service.outlet": {"service.admission"},
     "service.flow": set(),
-    "service.protocol": {"service.admission", "service.flow", "service.outlet", "service.problems"},
+    "service.protocol": {"service.admission", "service.flow", "service.intake", "service.outlet", "service.problems"},
     "service.http": WIRE
     | {"service.admission", "service.bodies"}
     | {"service.errors", "service.documents", "service.problems"},
