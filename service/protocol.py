@@ -23,7 +23,7 @@ A WebSocket is not offered; a request to upgrade to anything is answered as if i
 import asyncio
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any, ClassVar, Final, Protocol, cast
+from typing import Any, ClassVar, Final, TypeAlias, cast
 
 import httptools
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
@@ -39,8 +39,7 @@ MAX_HEAD: Final = 64 << 10  # bytes
 MAX_HEADERS: Final = 100
 # An unwanted body up to so long is read to its end, and the connection kept.
 DRAINED: Final = 1 << 20
-# What may be dealt with without the application ends so; for so many turns of the loop its body is waited for, which
-# is there with the head, or right behind it, where a client writes the two one after the other.
+# What may need no application ends so; its body is waited for so many turns, for it may come in a packet of its own.
 STEPS, BODY_TURNS = "/steps", 2
 # Requests that wait behind one in flight: in a connection, and in all for each that may be in flight.
 PIPELINED, PIPELINED_OF_ALL = 256, 16
@@ -54,21 +53,14 @@ _VERSIONS: Final = frozenset(("1.0", "1.1"))
 _LOOKED_AT: Final = frozenset((b"host", b"transfer-encoding", b"expect"))
 
 
-class Takes(Protocol):
-    """Whether a request is dealt with, now or later, without the application."""
-
-    def __call__(self, cycle: RequestResponseCycle, /) -> bool: ...
-
-
-def _none(_: RequestResponseCycle) -> bool:
-    return False
+Takes: TypeAlias = Callable[[RequestResponseCycle], bool]
 
 
 class Guarded(HttpToolsProtocol):
-    """One connection. `admission` and `takes` are set by `guarded`."""
+    """One connection. `admission` and `takes`, whether a request needs no application, are set by `guarded`."""
 
     admission: ClassVar[Admission]
-    takes: ClassVar[Takes]
+    takes: ClassVar[Any]  # of type Takes
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -500,7 +492,7 @@ _CUT: Final = (
 )
 
 
-def guarded(admission: Admission, takes: Takes = _none) -> type[Guarded]:
+def guarded(admission: Admission, takes: Takes = lambda _: False) -> type[Guarded]:
     """The protocol for a uvicorn.Config(http=…, ws="none") whose connections `admission` counts.
 
     `takes` is asked first; the application is called for what it does not take.

@@ -1,7 +1,4 @@
-"""Snapshots: when the log of a session outweighs its state, the state is written anew and the log is cut.
-
-Of a large session it may weigh three times as much.
-"""
+"""Snapshots: when the log of a session outweighs its state threefold, the state is written anew and the log is cut."""
 
 import asyncio
 import secrets
@@ -24,7 +21,7 @@ log = structlog.get_logger("ravine.snapshots")
 SNAPSHOT_FLOOR = 64 * 1024
 # A state of so many bytes is not copied for its snapshot.
 COPIED = 4 * 1024 * 1024
-# So many times as much as the state may the log of such a one weigh. A snapshot of Adam's state is three gradients:
+# So many times as much as the state may the log weigh. A snapshot of Adam's state is three gradients:
 # with one in three steps as much went into snapshots as into the log, and a third of a step's time; with one in nine it
 # is a third as much. The price is memory in the store, and a longer log to replay.
 OUTWEIGHS = 3
@@ -50,7 +47,7 @@ class Snapshots:
         takes. The bytes go through the same event loop either way, so waiting costs one step in a few some latency.
         """
         new, weight = live.log_bytes - live.unwritten, live.session.state.nbytes
-        if live.snapshot is not None or new <= max(weight if weight < COPIED else OUTWEIGHS * weight, SNAPSHOT_FLOOR):
+        if live.snapshot is not None or new <= max(OUTWEIGHS * weight, SNAPSHOT_FLOOR):
             return
         if weight < COPIED:
             self.begin(live)
