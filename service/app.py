@@ -153,7 +153,7 @@ class App:
         metrics.counter("ravine_overloaded", "Refused, by what there was too much of.", "of", lambda: let_in.refused)
         metrics.counter("ravine_connections_cut", "Connections that were cut, by why.", "reason", lambda: let_in.cut)
         if (short := self._short) is not None:
-            metrics.counter("ravine_step_requests", "To take a step, by their way.", "way", lambda: short.counts)
+            metrics.counter("ravine_http_ways", "Steps and pulls, by their way.", "way", lambda: short.counts)
         if self._berth is not None:
             metrics.counter("ravine_handovers", "Connections, between workers.", "became", lambda: self.handovers)
         return metrics

@@ -184,9 +184,7 @@ class DataPlane:
             point = await self._engine.params(session, at)
         if "worker" in given and request.scope["method"] != "HEAD":
             point = await self._engine.pull(session, given["worker"])
-        if if_none_match is not None and if_none_match.holds(point.stamp):
-            return replies.not_modified(point.stamp)
-        return replies.params(point, form)
+        return replies.unless(if_none_match, point, form)
 
     async def _later(self, request: Request, session: str, after: int, seconds: float) -> bool | None:
         return await self._waits.run(request.receive, self._engine.wait(session, after, seconds), request.ticket)

@@ -365,6 +365,15 @@ class Engine:
 
     # Reading
 
+    def begin_params(self, id_: str, at: Literal["next", "final"]) -> "asyncio.Future[Any] | None":
+        """As `params`, for a session that is in memory: what it will give. None for any other."""
+        live = self._live.get(id_)
+        if live is None:
+            return None
+        look = Look(new_future(), partial(Live.point, at=at), threaded=True)
+        self._queue(live, look)
+        return look.future
+
     async def params(self, id_: str, at: Literal["next", "final"]) -> Point:
         """Raises ParamsNotHeld."""
         point: Point = await self._look(id_, lambda live: live.point(at), threaded=True)

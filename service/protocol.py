@@ -39,8 +39,8 @@ MAX_HEAD: Final = 64 << 10  # bytes
 MAX_HEADERS: Final = 100
 # An unwanted body up to so long is read to its end, and the connection kept.
 DRAINED: Final = 1 << 20
-# What may need no application ends so; its body is waited for so many turns, for it may come in a packet of its own.
-STEPS, BODY_TURNS = "/steps", 2
+# What may need no application, and how many turns a body is waited for, which may come in a packet of its own.
+SHORT, BODY_TURNS = {"POST": "/steps", "GET": "params"}, 2
 # Requests that wait behind one in flight: in a connection, and in all for each that may be in flight.
 PIPELINED, PIPELINED_OF_ALL = 256, 16
 HEARD_BEHIND: Final = 16  # of them, while the one in flight waits: more are not read
@@ -385,7 +385,7 @@ class Guarded(HttpToolsProtocol):
                 return
             cycle.scope[READY] = self.loop.time()  # type: ignore[typeddict-unknown-key]
             self.admission.begun += 1
-        if cycle.scope["path"].endswith(STEPS) and cycle.scope["method"] == "POST":
+        if SHORT.get(cycle.scope["method"]) == cycle.scope["path"][-6:]:
             self.loop.call_soon(self._begin, cycle, app, BODY_TURNS)
         else:
             super()._start_asgi_task(cycle, app)

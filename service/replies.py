@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from core.layout import Array, Layout
-from service.documents import Applied, Event, Pending, Point, Stamp
+from service.documents import Applied, Event, Pending, Point, Precondition, Stamp
 from service.errors import StepConflict
 from service.http import MEDIA_TYPES, Format, Piece, Reply
 from service.problems import problem_of
@@ -95,6 +95,11 @@ def params(point: Point, form: Format) -> Reply:
             pieces = [json.dumps({"step": number, "params": point.layout.views(point.flat)})]
         point.encoded[form] = pieces
     return Reply(200, [_TYPES[form], *stamped(point.stamp), *REVALIDATE], pieces)
+
+
+def unless(held: Precondition | None, point: Point, form: Format) -> Reply:
+    """The parameters, unless what their reader holds by If-None-Match are these."""
+    return not_modified(point.stamp) if held is not None and held.holds(point.stamp) else params(point, form)
 
 
 def not_modified(stamp: Stamp) -> Reply:

@@ -1,9 +1,9 @@
-"""The short way of a small step: from the parser to the engine and back to the transport, with no task in between.
+"""The short way of a small step, and of a pull: from the parser to the engine and back, with no task in between.
 
 A step of ten numbers costs as much for what is around it as for itself: a task, two coroutines that pass messages, five
 layers that each wait for the next. None of them has anything to wait for where the body came with its head, the session
 is in memory, and neither a key nor a quota has to be looked up in the store. Such a step is taken here, by plain calls;
-the engine's future is what there is of it meanwhile.
+the engine's future is what there is of it meanwhile. So are the parameters read.
 
 Whatever is not so goes the usual way, through the application, and so does every request that anything is wrong with:
 nothing is refused here but what the engine refuses. Both ways read a step by the same functions (`service.asked`), ask
@@ -14,7 +14,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import structlog
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
@@ -30,7 +30,7 @@ from service.bodies import SMALL
 from service.engine import Engine
 from service.errors import Overloaded, ServiceError
 from service.http import SMALL as LARGE
-from service.http import Piece, Reply, Request, Scope, send_reply
+from service.http import Piece, Reply, Request, Scope, negotiate, preconditions, send_reply
 from service.logs import AccessLog, request_id
 from service.meters import RequestMeters
 from service.problems import refused_as
@@ -39,18 +39,22 @@ from service.wire.errors import WireError
 log = structlog.get_logger("ravine")
 
 _SESSIONS: Final = "/v1/sessions/"
-_STEPS: Final = "/steps"
+# What of a session goes this way, by the method; both ask for the right to work.
+_RESOURCES: Final = {"POST": "/steps", "GET": "/params"}
+COPIED: Final = 4096  # bytes up to which they are joined with the head
 # Requests with any of these are read, or answered, in a way of their own.
 _OTHERWISE: Final = frozenset((b"content-encoding", b"expect", b"prefer", b"transfer-encoding"))
 
 
+Encode: TypeAlias = Callable[[Any], Reply]
+Begun: TypeAlias = tuple[asyncio.Future[Any], Encode]  # what the engine will give, and how it is told
+
+
 class Call(NamedTuple):
-    """One step on its way."""
+    """One request on its way."""
 
     cycle: RequestResponseCycle
-    path: str
     id: str
-    ticket: Ticket
     started: float
 
 
@@ -78,12 +82,14 @@ class ShortWay:
         self._most = min(limit, SMALL - 1)
         self._named = named
         self._sending: set[asyncio.Task[None]] = set()
-        self.counts = {"short": 0, "usual": 0}  # requests to take a step, by the way they went
+        # Requests that might go this way, by the one they went.
+        self.counts = dict.fromkeys(("short step", "usual step", "short pull", "usual pull"), 0)
 
     def take(self, cycle: RequestResponseCycle) -> bool:
         """Whether the request of `cycle` goes this way; if so it is answered, now or later."""
         taken = self._takes(cycle)
-        self.counts["short" if taken else "usual"] += 1
+        way, what = "short" if taken else "usual", "pull" if cycle.scope["method"] == "GET" else "step"
+        self.counts[f"{way} {what}"] += 1
         return taken
 
     def _takes(self, cycle: RequestResponseCycle) -> bool:
@@ -91,7 +97,7 @@ class ShortWay:
         if cycle.more_body or cycle.disconnected or cycle.flow.write_paused or len(cycle.body) > self._most:
             return False
         headers = dict(scope["headers"])
-        session = _session_in(path_of(scope))
+        session = _session_in(path_of(scope), _RESOURCES[scope["method"]])
         if len(headers) != len(scope["headers"]) or not _OTHERWISE.isdisjoint(headers) or not session:
             return False
         access = self._gate.at_once(scope, headers, session)
@@ -100,58 +106,73 @@ class ShortWay:
         return self._let_in(cycle, scope, session)
 
     def _let_in(self, cycle: RequestResponseCycle, scope: Scope, session: str) -> bool:
-        started, id_, path = time.perf_counter(), self._named(scope), scope["path"]
-        request_id.set(id_)
+        call = Call(cycle, self._named(scope), time.perf_counter())
+        request_id.set(call.id)
         try:
             ticket = self._admission.enter(scope)
         except Overloaded as error:
-            self._tell(cycle, path, id_, started, replies.refusal(error, path))
+            self._tell(call, replies.refusal(error, scope["path"]))
             return True
-        future = self._begun(cycle, scope, session)
-        if future is None:
+        begun = self._step(cycle, session) if scope["method"] == "POST" else self._pull(cycle, session)
+        if begun is None:
             return False
-        future.add_done_callback(partial(self._answer, Call(cycle, path, id_, ticket, started)))
+        future, encode = begun
+        future.add_done_callback(partial(self._answer, call, ticket, encode))
         return True
 
-    def _begun(self, cycle: RequestResponseCycle, scope: Scope, session: str) -> "asyncio.Future[Any] | None":
-        """None for what is to be refused, which is for the usual way to say, or for an engine that has to look."""
+    # None for what is to be refused, which is for the usual way to say, or for an engine that has to look
+
+    def _step(self, cycle: RequestResponseCycle, session: str) -> Begun | None:
         body = bytes(cycle.body)
         try:
-            head = asked(Request(scope, cycle.receive))  # type: ignore[arg-type]  # uvicorn's types are narrower
+            head = asked(_request(cycle))
             contribution, members = contributed(head, body)
         except (ServiceError, WireError, CoreError):
             return None
         step = step_request(head, body, contribution, members)
-        return self._engine.begin(session, step, replies.STEP_AS[head.answer])
+        future = self._engine.begin(session, step, replies.STEP_AS[head.answer])
+        return None if future is None else (future, _as_it_is)
 
-    def _answer(self, call: Call, future: "asyncio.Future[Any]") -> None:
-        call.ticket.leave()
+    def _pull(self, cycle: RequestResponseCycle, session: str) -> Begun | None:
+        request = _request(cycle)
+        try:
+            request.query()  # none: who waits, or says who it is, is for the usual way
+            form = negotiate(request.header(b"accept"), "json", ("json", "safetensors"))
+            held = preconditions(request.header(b"if-none-match"), "If-None-Match")
+        except ServiceError:
+            return None
+        future = self._engine.begin_params(session, "next")
+        return None if future is None else (future, lambda point: replies.unless(held, point, form))
+
+    def _answer(self, call: Call, ticket: Ticket, encode: Encode, future: "asyncio.Future[Any]") -> None:
+        ticket.leave()
         if future.cancelled():
             call.cycle.transport.close()
             return
         error = future.exception()
         if error is None:
-            reply: Reply = future.result()
+            reply = encode(future.result())
         else:
+            path = call.cycle.scope["path"]
             if not isinstance(error, CoreError | ServiceError | WireError):
-                log.error("unexpected failure", path=call.path, exc_info=error)
+                log.error("unexpected failure", path=path, exc_info=error)
             assert isinstance(error, Exception)
-            reply = replies.refusal(error, call.path)
-        self._tell(call.cycle, call.path, call.id, call.started, reply)
+            reply = replies.refusal(error, path)
+        self._tell(call, reply)
 
-    def _tell(self, cycle: RequestResponseCycle, path: str, id_: str, started: float, reply: Reply) -> None:
-        status = 0
+    def _tell(self, call: Call, reply: Reply) -> None:
+        cycle, status = call.cycle, 0
         if not cycle.disconnected:
             status = reply.status
             if status >= 400:
                 self._requests.refuse(refused_as.get())
             if sum(map(len, reply.pieces)) < LARGE:
-                _write(cycle, reply, id_)
+                _write(cycle, reply, call.id)
             else:
-                self._send(cycle, reply, id_)
-        seconds = time.perf_counter() - started
-        self._requests.end("POST", path, status, seconds)
-        self._access.write("POST", path, status, seconds, id_)
+                self._send(cycle, reply, call.id)
+        method, path, seconds = cycle.scope["method"], cycle.scope["path"], time.perf_counter() - call.started
+        self._requests.end(method, path, status, seconds)
+        self._access.write(method, path, status, seconds, call.id)
 
     def _send(self, cycle: RequestResponseCycle, reply: Reply, id_: str) -> None:
         """A long reply, which is held back while the client does not read."""
@@ -161,11 +182,19 @@ class ShortWay:
         task.add_done_callback(self._sending.discard)
 
 
-def _session_in(path: str) -> str:
-    """The session of a path to its steps; "" for any other."""
-    if not (path.startswith(_SESSIONS) and path.endswith(_STEPS)):
+def _request(cycle: RequestResponseCycle) -> Request:
+    return Request(cycle.scope, cycle.receive)  # type: ignore[arg-type]  # uvicorn's types are narrower
+
+
+def _as_it_is(reply: Reply) -> Reply:
+    return reply
+
+
+def _session_in(path: str, resource: str) -> str:
+    """The session of a path to this of it; "" for any other."""
+    if not (path.startswith(_SESSIONS) and path.endswith(resource)):
         return ""
-    session = path[len(_SESSIONS) : -len(_STEPS)]
+    session = path[len(_SESSIONS) : -len(resource)]
     return "" if "/" in session else session
 
 
@@ -177,10 +206,15 @@ def _write(cycle: RequestResponseCycle, reply: Reply, id_: str) -> None:
         lines += (name, b": ", value, b"\r\n")
     size = sum(map(len, pieces))
     keep = b"" if cycle.keep_alive else b"connection: close\r\n"
-    lines.append(b"content-length: %d\r\nx-request-id: %s\r\n%s\r\n" % (size, id_.encode(), keep))
-    lines += pieces
+    length = b"" if status == 304 else b"content-length: %d\r\n" % size
+    lines.append(b"%sx-request-id: %s\r\n%s\r\n" % (length, id_.encode(), keep))
+    if size < COPIED:
+        lines += pieces
     cycle.response_started = cycle.response_complete = True
     cycle.transport.write(b"".join(lines))
+    if size >= COPIED:
+        for piece in pieces:
+            cycle.transport.write(piece)
     if not cycle.keep_alive:
         cycle.transport.close()
     cycle.on_response()

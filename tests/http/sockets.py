@@ -32,6 +32,8 @@ def reply_on(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
     """The next reply, whose body has a length or goes on until the connection is closed."""
     status, headers = head_of(connection)
     body = b""
+    if status in (204, 304):
+        return status, headers, b""
     if "content-length" not in headers:
         while piece := connection.recv(65536):
             body += piece

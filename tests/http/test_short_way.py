@@ -85,15 +85,25 @@ def made(client: httpx.Client, size: int = 3) -> str:
     return session
 
 
-def ways(client: httpx.Client, before: Any) -> tuple[float, float]:
-    name = "ravine_step_requests_total"
-    return grown(client, before, name, way="short"), grown(client, before, name, way="usual")
+def ways(client: httpx.Client, before: Any, what: str = "step") -> tuple[float, float]:
+    name = "ravine_http_ways_total"
+    return grown(client, before, name, way=f"short {what}"), grown(client, before, name, way=f"usual {what}")
 
 
-def asked(session: str, headers: dict[str, str], body: bytes, query: str = "", version: str = "1.1") -> bytes:
+def asked(
+    session: str,
+    headers: dict[str, str],
+    body: bytes,
+    query: str = "",
+    version: str = "1.1",
+    method: str = "POST",
+    resource: str = "steps",
+) -> bytes:
     """The bytes of a request: sent at once, so that its body is there with its head."""
-    lines = [f"POST /v1/sessions/{session}/steps{query} HTTP/{version}", "host: 127.0.0.1"]
-    lines += [f"{name}: {value}" for name, value in (headers | {"content-length": str(len(body))}).items()]
+    lines = [f"{method} /v1/sessions/{session}/{resource}{query} HTTP/{version}", "host: 127.0.0.1"]
+    if method == "POST":
+        headers = headers | {"content-length": str(len(body))}
+    lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
@@ -118,6 +128,65 @@ def test_both_ways_tell_the_same(server: Server, client: httpx.Client, case: str
         replies.append((0, {}, client.get(f"/v1/sessions/{session}/params").content))
     assert replies[:3] == replies[3:]
     assert ways(client, before) == ((2, 2) if short else (0, 4))
+
+
+# name -> what is asked beside the path, headers, and whether the short way is for it.
+PULLS: dict[str, tuple[str, dict[str, str], bool]] = {
+    "json": ("", {}, True),
+    "json by its name": ("", {"accept": "application/json"}, True),
+    "file": ("", {"accept": SAFETENSORS}, True),
+    "held already": ("", {"if-none-match": '"1"'}, True),
+    "held before": ("", {"if-none-match": '"0"'}, True),
+    "final": ("?at=final", {}, False),
+    "after": ("?after=0", {}, False),
+    "no query": ("?at=now", {}, False),
+    "no tag": ("", {"if-none-match": "1"}, False),
+    "a type that is not given": ("", {"accept": "image/png"}, False),
+}
+
+
+@pytest.mark.parametrize("size", [3, 30_000])
+@pytest.mark.parametrize("case", PULLS)
+def test_both_ways_read_the_same(server: Server, client: httpx.Client, case: str, size: int) -> None:
+    query, headers, short = PULLS[case]
+    session = made(client, size)
+    client.post(f"/v1/sessions/{session}/steps", json={"gradients": {"w": [0.5] * size}, "return": "none"})
+    before, replies = read(client), []
+    for more in ({}, USUAL):
+        with connected(server) as connection:
+            for _ in range(2):
+                connection.sendall(asked(session, headers | more, b"", query, "1.1", "GET", "params"))
+                replies.append(told(reply_on(connection), session))
+    assert replies[:2] == replies[2:]
+    assert ways(client, before, "pull") == ((2, 2) if short else (0, 4))
+    if case == "held already":
+        assert replies[0][0] == 304
+
+
+def test_a_session_that_holds_no_parameters_says_so(server: Server, client: httpx.Client) -> None:
+    session = create(client, optimizer="sgd", shapes={"w": [1]})["id"]
+    step = {"gradients": {"w": [1.0]}}
+    assert client.post(f"/v1/sessions/{session}/steps", json=step).status_code == 200
+    before, replies = read(client), []
+    for more in ({}, USUAL):
+        with connected(server) as connection:
+            connection.sendall(asked(session, more, b"", "", "1.1", "GET", "params"))
+            replies.append(told(reply_on(connection), session))
+    assert replies[0] == replies[1]
+    assert replies[0][0] == 409
+    assert ways(client, before, "pull") == (1, 1)
+
+
+def test_what_is_read_is_what_another_service_wrote(server: Server, client: httpx.Client, tmp_path: Path) -> None:
+    """The short way looks at the store too before it answers."""
+    store = {"RAVINE_REDIS_URL": server.store_url()}
+    with serving(tmp_path / "other", environment=store) as second, second.client() as other:
+        session = made(client)
+        url = f"/v1/sessions/{session}"
+        for i in range(1, 4):
+            assert other.post(f"{url}/steps", content=JSON, headers=OF_JSON).json()["step"] == i
+            assert client.get(f"{url}/params").json()["step"] == i
+            assert client.get(f"{url}/params").content == other.get(f"{url}/params").content
 
 
 def test_what_the_reply_has_to_say_is_what_the_arithmetic_gives(client: httpx.Client) -> None:
