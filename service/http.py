@@ -242,6 +242,8 @@ def negotiate(accept: str | None, request_format: Format, offered: Sequence[Form
     usual = request_format if request_format in offered else offered[0]
     if not accept or accept == "*/*":
         return usual
+    if FORMATS.get(accept) in offered:  # one type alone, as most clients name it
+        return FORMATS[accept]
     ranges: dict[str, float] = {}
     for part in _split(accept, ","):
         media, parameters = media_type(part)
