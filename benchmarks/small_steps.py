@@ -10,7 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +92,7 @@ class Load:
     strict: bool = True
     url: str = ""
     answered: int = 0
-    runs: int = 0
+    under_way: int = 0
 
     def turn(self) -> Sample:
         before, client_before = self.server.usage(), child_seconds()
@@ -104,10 +104,10 @@ class Load:
         beside |= {"server busy, %": 100 * busy, "wrk busy, %": 100 * client / seconds}
         return Sample(requests / seconds, {"p50 ms": p50, "p99 ms": p99} | beside)
 
-    def send(self, seconds: int) -> tuple[int, float, float, float]:
+    def send(self, seconds: int, connections: int = CONNECTIONS) -> tuple[int, float, float, float]:
         """Requests that were answered, seconds, and the 50th and 99th percentile of the latency in ms."""
         url = self.url or self.server.url
-        command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "-s", str(_SCRIPT), url, "--"]
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "-s", str(_SCRIPT), url, "--"]
         done = subprocess.run([*command, body().decode(), *self.paths], capture_output=True, text=True, check=False)
         found = _FIGURES.search(done.stdout)
         if found is None:
@@ -116,14 +116,14 @@ class Load:
         if refused or broken or not requests:
             raise Unmeasured(f"{self.name}: of {requests} requests {refused} were refused, {broken} broke off")
         self.answered += requests
-        self.runs += 1
+        self.under_way += connections
         return requests, float(found[2]), float(found[3]), float(found[4])
 
     def verify(self) -> str:
         """What became of the steps that were answered. Raises Unmeasured where there are too few, or too many."""
         if self.count is None:
             return ""
-        moved, under_way = self.count(), self.runs * CONNECTIONS
+        moved, under_way = self.count(), self.under_way
         if moved > self.answered + under_way:
             raise Unmeasured(f"{self.name}: {moved} steps were taken for {self.answered} requests")
         if moved < self.answered and self.strict:
@@ -135,9 +135,9 @@ class Load:
         )
 
 
-def service_load(stack: ExitStack, plan: Plan) -> Load:
+def service_load(stack: ExitStack, plan: Plan, settings: Mapping[str, str] | None = None) -> Load:
     """The service, with its sessions."""
-    server = stack.enter_context(processes.service(plan.directory))
+    server = stack.enter_context(processes.service(plan.directory, settings))
     given = json.dumps({"optimizer": "adam", "params": {"w": [0.0] * SIZE}}).encode()
     ids = [json.loads(call(server.url, "POST", "/v1/sessions", given))["id"] for _ in range(SESSIONS)]
 

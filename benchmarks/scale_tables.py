@@ -1,0 +1,6 @@
+def tables(f):
+    return {}
+
+
+def put(p, t):
+    return p
