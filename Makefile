@@ -10,7 +10,7 @@ JOBS   ?= 3
 COMPILE := $(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 EXTRAS  := --extra jit --extra privacy --extra tracing
 
-.PHONY: help serve keys check test docs soak faults demo demo-workers bench bench-peers flame convergence oracles fuzz sbom audit lock clean
+.PHONY: help serve keys check test docs soak faults demo demo-workers bench bench-peers scale flame convergence oracles fuzz sbom audit lock clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -73,6 +73,9 @@ benchmarks/peers/.venv/.made: benchmarks/peers/requirements.txt
 	@$(PYTHON) -m venv benchmarks/peers/.venv
 	@benchmarks/peers/.venv/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@touch $@
+
+scale: $(VENV)/.test  ## what a request, a byte and a session cost, and what larger systems carry; writes benchmarks/scale.json, docs/scaling.md
+	$(BIN)/python -m benchmarks.scale $(ARGS)
 
 flame: $(VENV)/.test .venv-flame/.made  ## where the time of small and large steps goes; writes docs/flame-s1.svg, docs/flame-l1.svg, docs/performance.md
 	$(BIN)/python -m benchmarks.flame --spy .venv-flame/bin/py-spy $(ARGS)

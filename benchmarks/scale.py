@@ -54,8 +54,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and with it all that was started
     found: dict[str, Any] = json.loads(given.to.read_text()) if given.to.exists() else {}
     about = machine.describe()
-    found["machine"] = {name: about[name] for name in ("CPU", "Memory", "Kernel", "Python", "Packages", "Store")}
-    for name in given.parts or PARTS:
+    if not given.tables:
+        found["machine"] = {name: about[name] for name in ("CPU", "Memory", "Kernel", "Python", "Packages", "Store")}
+    for name in () if given.tables else given.parts or PARTS:
         say(name)
         started, idle = time.perf_counter(), watch(1.0)
         with tempfile.TemporaryDirectory(prefix="ravine-scale-") as directory:

@@ -29,6 +29,7 @@ from tests.running import ROOT, Server
 README = ROOT / "README.md"
 GUIDE = ROOT / "docs" / "getting-started.md"
 COMPRESSION = ROOT / "docs" / "compression.md"
+SCALING = ROOT / "docs" / "scaling.md"
 DOCUMENTS = sorted([README, *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"), *ROOT.glob("benchmarks/*.md")])
 
 needs_shell = pytest.mark.skipif(
@@ -145,7 +146,9 @@ def test_commands_print_what_the_document_says(document: Path, server: Server, d
     assert {path.name for path in directory.iterdir()} == {"core", "service", ".venv"}, "and they clean up"
 
 
-@pytest.mark.parametrize(("document", "count"), [(GUIDE, 7), (COMPRESSION, 2)], ids=["guide", "compression"])
+@pytest.mark.parametrize(
+    ("document", "count"), [(GUIDE, 7), (COMPRESSION, 2), (SCALING, 2)], ids=["guide", "compression", "scaling"]
+)
 def test_python_prints_what_the_document_says(document: Path, count: int, server: Server, directory: Path) -> None:
     blocks = [block for block in blocks_of(document.read_text()) if block.language == "python"]
     assert len(blocks) >= count
