@@ -180,14 +180,16 @@ def _answers(directory: Path, path: str, content: bytes, killed: Sequence[str] =
             kill([member for role in killed for member in members[role]])
         started = time.perf_counter()
         site = stack.enter_context(embedded(directory, SETTINGS))
-        listens = time.perf_counter() - started
+        listens, spent = time.perf_counter() - started, site.spent()
         call(site.server.url, "GET", path)
         known = time.perf_counter() - started
         with closing(Client(site.server.url, Request(f"{path}/steps?return=none", content))) as client:
             stepped(client)
-        took = time.perf_counter() - started
-    say(f"  killed: {' and '.join(killed) or 'none'}: listens {listens:.2f} s, a step answered {took:.2f} s")
-    return {"listens s": listens, "document s": known, "step s": took}
+        took, used = time.perf_counter() - started, site.spent().since(spent)
+    figures = {"listens s": listens, "document s": known, "step s": took}
+    figures |= {"service CPU s": used.service, "store CPU s": used.store}
+    say(f"  killed: {' and '.join(killed) or 'none'}: {_told(figures)}")
+    return figures
 
 
 def parts(directory: Path, seconds: int, size: int) -> Figures:
