@@ -11,5 +11,7 @@ not. `measure` lets them take turns, `report` writes down what came out, and eac
     small_steps    S1, S2    many small JSON steps, sent by wrk (`wrk_steps.lua`)
     large_steps    L1, L2    one large safetensors step at a time, sent by a client made here
 
+Beside the rows, `scale` takes what a request, a byte and a session cost, and `simulate` reckons larger systems from it.
+
 `processes` starts and ends servers; those that the service is held against are in `servers/`.
 """

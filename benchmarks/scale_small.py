@@ -14,12 +14,15 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 from benchmarks import idle_sessions, latency, small_steps
-from benchmarks.measure import say
+from benchmarks.measure import Unmeasured, say
 from benchmarks.processes import call
 from benchmarks.sites import SERVICE, Site, Spent, clustered, embedded
 from benchmarks.small_steps import SESSIONS, SIZE, Load
@@ -30,7 +33,7 @@ WORKERS = 2
 NODES = (1, 3)
 LOGGED_STEPS = 100
 REST_SECONDS = 3
-TRIES = 3
+TRIES = 5
 
 Figures = dict[str, Any]
 
@@ -87,6 +90,7 @@ class Steps:
             "connections": connections * len(groups),
             "steps/s": sum(count / lasted for count, lasted, *_ in sent),
             "p50 ms": statistics.mean(p50 for *_, p50, _ in sent),
+            "p99 ms": max(p99 for *_, p99 in sent),
             "service µs": 1e6 * used.service / requests,
             "store µs": 1e6 * used.store / requests,
             "turns a step": turns / requests,
@@ -153,6 +157,11 @@ def sessions(directory: Path, count: int) -> Figures:
         made = site.quiet().since(spent)
         time.sleep(REST_SECONDS)
         stored = (site.store("memory", "used_memory")[0] - used) / count
+        known = (sum(site.resident(SERVICE)) - resident) / count
+        woken = site.spent()
+        _wake(site.server.url, ids)
+        waking = site.quiet().since(woken)
+        time.sleep(REST_SECONDS)
         hot = (sum(site.resident(SERVICE)) - resident) / count
         before = _keys_bytes(store, ids[0])
         for _ in range(LOGGED_STEPS):
@@ -162,10 +171,13 @@ def sessions(directory: Path, count: int) -> Figures:
         "count": count,
         "parameters": SIZE,
         "store bytes": stored,
+        "known bytes": known,
         "service bytes": hot,
         "entry bytes": entry,
         "making, service µs": 1e6 * made.service / count,
         "making, store µs": 1e6 * made.store / count,
+        "loading, service µs": 1e6 * waking.service / count,
+        "loading, store µs": 1e6 * waking.store / count,
     }
 
 
@@ -182,10 +194,23 @@ def delays(directory: Path, seconds: int) -> Figures:
                 "steps/s": statistics.median(beside["sent/s"] for _, beside in turns),
                 "p50 ms": statistics.median(middle for middle, _ in turns),
                 "p99 ms": statistics.median(beside["p99 ms"] for _, beside in turns),
+                "sent late, p99 ms": statistics.median(beside["sent late, p99 ms"] for _, beside in turns),
                 "refused %": max(beside["refused, %"] for _, beside in turns),
             }
             say(f"  at {share:g} of it: " + _told(found["shares"][str(share)]))
     return found
+
+
+def _wake(url: str, ids: Sequence[str]) -> None:
+    """A session that is made is in the store alone: it comes into the service's memory when it is asked for."""
+    address = urlsplit(url)
+    with closing(HTTPConnection(address.hostname or "", address.port, timeout=60)) as connection:
+        for id_ in ids:
+            connection.request("GET", f"/v1/sessions/{id_}/params")
+            response = connection.getresponse()
+            response.read()
+            if response.status != 200:
+                raise Unmeasured(f"a session was answered {response.status}")
 
 
 def _keys_bytes(store: Any, session: str) -> int:

@@ -4,6 +4,7 @@ What was not measured says so in its place, so that the page can be read before 
 first table is arithmetic over the others, written out in its last column.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ Figures = Mapping[str, Any]
 def tables(found: Figures) -> dict[str, str]:
     """Name -> table. Names are those of the comments."""
     made: dict[str, str] = {}
+    with contextlib.suppress(KeyError):
+        found = {**found, "reckoned": simulate.reckoned(found)}
     for name, table in _TABLES.items():
         try:
             made[name] = "\n".join(table(found))
@@ -69,7 +72,7 @@ def _bytes(value: float) -> str:
 
 def _carries(found: Figures) -> Iterator[str]:
     busiest, sessions = found["requests"]["points"][-1], found["sessions"]
-    reckoned = {(row.workers, row.nodes): row for row in simulate.reckoned(found)}
+    reckoned = {(row.workers, row.nodes): row for row in found["reckoned"]}
     machine, cluster = reckoned[MACHINE_WORKERS, 1], reckoned[CLUSTER_WORKERS, CLUSTER_NODES]
     lines = found["steps"]["lines"]["params"]
     service, store = 1e3 / lines["service ms"]["ms a MB"], 1e3 / lines["store ms"]["ms a MB"]
@@ -178,13 +181,19 @@ def _sessions(found: Figures) -> Iterator[str]:
     rows = [
         ("idle session, in the store", _bytes(figures["store bytes"]), _bytes(1e6 * figures["store bytes"])),
         ("idle session, hot in the service", _bytes(figures["service bytes"]), _bytes(1e6 * figures["service bytes"])),
+        (
+            "session that is not hot, in the service",
+            _bytes(figures["known bytes"]),
+            _bytes(1e6 * figures["known bytes"]),
+        ),
         ("entry of the log, its line of history included", _bytes(figures["entry bytes"]), "–"),
     ]
     yield from _rows(["of 10 parameters, Adam", "each", "a million (extrapolated)"], rows)
     yield ""
     yield (
         f"Measured with {figures['count']:,} sessions. To make one costs {_number(figures['making, service µs'])} µs "
-        f"of CPU in the service and {_number(figures['making, store µs'])} µs in the store."
+        f"of CPU in the service and {_number(figures['making, store µs'])} µs in the store; to load one that is not "
+        f"hot, {_number(figures['loading, service µs'])} and {_number(figures['loading, store µs'])} µs."
     )
 
 
@@ -237,7 +246,7 @@ def _reckoned(found: Figures) -> Iterator[str]:
             row.nodes, row.workers, _number(row.top), _number(1e3 * row.p99), row.bound,
             f"{100 * row.process:.0f} %", f"{100 * row.node:.0f} %",
         )
-        for row in simulate.reckoned(found)
+        for row in found["reckoned"]
     ]  # fmt: skip
     head = ["store nodes", "processes", "top rate, steps/s", f"p99 ms at {100 * simulate.PLANNED:.0f} % of it"]
     yield from _rows([*head, "full first", "busiest process", "busiest node"], rows)

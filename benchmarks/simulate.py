@@ -279,17 +279,16 @@ def costs_of(found: Mapping[str, Any]) -> Costs:
 
 
 def cluster_costs_of(found: Mapping[str, Any]) -> Costs:
-    """The same where the store is a cluster: what a step costs beyond one on a store of its own, at as many clients."""
-    single, measured = found["requests"]["points"][-1], found["cluster"][max(found["cluster"], key=_number)]
-    more = max(0.0, measured["service µs"] - single["service µs"]) / 1e6
+    """The same where the store is a cluster: what a step costs the service beyond one on a store of its own, at as many
+    clients. A command's cost is that of the cluster of one, whose node was the busiest: the fewer commands a node has,
+    the more of its own turns each of them takes, and what matters is how much a full one does.
+    """
+    single = found["requests"]["points"][-1]
+    sizes = sorted(int(name) for name in found["cluster"] if name.isdigit())
+    fewest, most = (found["cluster"][str(size)] for size in (sizes[0], sizes[-1]))
+    more = max(0.0, most["service µs"] - single["service µs"]) / 1e6
     costs = costs_of(found)
-    return costs._replace(
-        request=costs.request + more, pipeline=0.0, command=measured["store µs"] / 1e6, together=False
-    )
-
-
-def _number(name: str) -> int:
-    return int(name) if name.isdigit() else 0
+    return costs._replace(request=costs.request + more, pipeline=0.0, command=fewest["store µs"] / 1e6, together=False)
 
 
 class Compared(NamedTuple):
@@ -312,6 +311,8 @@ def compared(found: Mapping[str, Any]) -> list[Compared]:
         what = f"closed loop, {point['connections']} clients"
         rows.append(Compared(what, "steps/s", point["steps/s"], simulated.rate))
         rows.append(Compared(what, "CPU µs a step", point["service µs"], 1e6 * simulated.process / simulated.rate))
+        rows.append(Compared(what, "p50 ms", point["p50 ms"], 1e3 * simulated.p50))
+        rows.append(Compared(what, "p99 ms", point["p99 ms"], 1e3 * simulated.p99))
     for share, point in found["delays"]["shares"].items():
         simulated = Simulation(system, rate=point["steps/s"]).run()
         what = f"open loop, {100 * float(share):g} % of the top rate"

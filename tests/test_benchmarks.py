@@ -6,12 +6,13 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import flame, flame_picture, pictures, push_pull, records, report
+from benchmarks import flame, flame_picture, pictures, push_pull, records, report, scale, scale_tables
 from benchmarks.bars import LEFT, MOST, RIGHT, Bar, Missing, Panel, chart
 from benchmarks.core_rows import Case, worst
 from benchmarks.measure import Cell, Comparison, Held, Idle, NotRun, Result, Round, Row, Sample, grid
 from benchmarks.open_loop import percentile
 from benchmarks.records import Record
+from benchmarks.scale_small import line
 
 ROWS = {row.code: row for row in bench.ROWS}
 SVG = "{http://www.w3.org/2000/svg}"
@@ -208,3 +209,31 @@ def test_the_page_has_the_markers_that_make_flame_writes_between() -> None:
     text = flame.PAGE.read_text()
     assert text.count(flame.BEGIN) == text.count(flame.END) == 1
     assert text.index(flame.BEGIN) < text.index(flame.END)
+
+
+def test_a_line_goes_through_points_that_lie_on_one() -> None:
+    found = line([1, 10, 100, 10_000], [7 + 3 * x for x in (1, 10, 100, 10_000)])
+    assert (found.fixed, found.slope) == (pytest.approx(7), pytest.approx(3))
+    assert found.off == pytest.approx(0, abs=1e-9)
+
+
+def test_no_cost_is_below_zero() -> None:
+    found = line([1, 2, 4], [1, 3, 9])  # least squares would begin at -1.2
+    assert found.fixed == 0
+    assert 1 < found.slope < 9 / 4
+    assert found.off == pytest.approx(max(abs(found.slope * x - y) / y for x, y in ((1, 1), (2, 3), (4, 9))))
+
+
+def test_the_page_has_a_place_for_each_table_of_make_scale() -> None:
+    page = scale.PAGE.read_text()
+    made = dict.fromkeys(scale_tables.tables({}), "| a | b |")
+    written = scale_tables.put(page, made)
+    assert written.count("| a | b |") == len(made) == page.count("<!-- scale: ")
+    assert scale_tables.put(written, made) == written
+    with pytest.raises(ValueError, match="not one place for the table elsewhere"):
+        scale_tables.put(page, {"elsewhere": ""})
+
+
+def test_what_was_not_measured_says_so() -> None:
+    made = scale_tables.tables({})
+    assert set(made.values()) == {scale_tables.MISSING}

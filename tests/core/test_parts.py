@@ -16,7 +16,7 @@ SHAPES = {"a": (4, 3), "b": (5,), "c": (2, 6)}
 PARTS = (("a",), ("b", "c"))
 START = {name: RANDOM.normal(size=shape) for name, shape in SHAPES.items()}
 GRADIENTS = [{name: RANDOM.normal(size=shape) for name, shape in SHAPES.items()} for _ in range(6)]
-COUPLED = ("adam cautious", "sam")
+COUPLED = ("sam",)
 SPLIT = [name for name, rule in RULES.items() if rule.family != "whole" and name not in COUPLED]
 WHOLE = [
     name for name, rule in RULES.items() if rule.family == "whole" and name != "newton"
@@ -24,10 +24,11 @@ WHOLE = [
 
 
 def moved(rule: Optimizer, names: tuple[str, ...], transforms: tuple[Transform, ...] = ()) -> dict[str, Array]:
-    """The parameters of a session of these tensors alone, after all gradients."""
+    """The parameters of a session of these tensors alone, after gradients that are taken where it says."""
     session = make(rule, {name: START[name] for name in names}, dtype="float32", transforms=transforms)
     for gradient in GRADIENTS:
-        go(session, {name: gradient[name] for name in names})
+        point = session.layout.views(session.next_point())
+        go(session, {name: point[name] - gradient[name] for name in names})
     return session.layout.views(held(session))
 
 
