@@ -26,8 +26,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+
+from redis import RedisError
 
 from benchmarks import machine, scale_large, scale_small, scale_tables
 from benchmarks.measure import Unmeasured, say, watch
@@ -64,8 +67,8 @@ def main() -> None:
             place.mkdir()
             try:
                 figures = PARTS[name](place, given)
-            except Unmeasured as reason:
-                say(f"  not measured: {reason}")
+            except (Unmeasured, OSError, HTTPException, RedisError) as reason:  # the other parts are worth having
+                say(f"  not measured: {type(reason).__name__}: {reason}")
                 continue
         taken = {"when": about["When"], "commit": about["Commit"], "idle %": idle.idle, "cores": os.cpu_count()}
         found[name] = figures | {"taken": taken | {"seconds": time.perf_counter() - started}}

@@ -187,7 +187,7 @@ def _answers(directory: Path, path: str, content: bytes, killed: Sequence[str] =
             stepped(client)
         took, used = time.perf_counter() - started, site.spent().since(spent)
     figures = {"listens s": listens, "document s": known, "step s": took}
-    figures |= {"service CPU s": used.service, "store CPU s": used.store}
+    figures |= {"service CPU s": used.service, "store CPU s": used.store, "service peak bytes": sum(site.peak(SERVICE))}
     say(f"  killed: {' and '.join(killed) or 'none'}: {_told(figures)}")
     return figures
 

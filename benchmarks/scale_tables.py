@@ -203,11 +203,12 @@ def _starts(found: Figures) -> Iterator[str]:
     rows = []
     for name in ("stopped in order", "service killed", "service and store killed"):
         point = figures[name]
-        rest = point["step s"] - point["listens s"]
-        rows.append((name, *(f"{point[each]:.2f}" for each in ("listens s", "step s")), f"{rest / size:.2f}"))
-    yield from _rows(
-        ["", "listens after, s", "first step answered after, s", "from listening to it, s a GB stored"], rows
-    )
+        since = point["step s"] - point["listens s"]
+        cpu = point["service CPU s"] + point["store CPU s"]
+        seconds = (point["listens s"], point["step s"], since / size, cpu / size)
+        rows.append((name, *(f"{each:.2f}" for each in seconds), _bytes(point["service peak bytes"])))
+    head = ["", "listens after, s", "first step answered after, s", "from listening to it, s a GB stored"]
+    yield from _rows([*head, "CPU of that, s a GB", "service, peak"], rows)
     yield ""
     yield (
         f"{figures['size']:,} float32, Adam: state {_bytes(figures['state bytes'])}, in the store "
