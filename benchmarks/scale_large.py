@@ -185,9 +185,9 @@ def _answers(directory: Path, path: str, content: bytes, killed: Sequence[str] =
         known = time.perf_counter() - started
         with closing(Client(site.server.url, Request(f"{path}/steps?return=none", content))) as client:
             stepped(client)
-        took, used = time.perf_counter() - started, site.spent().since(spent)
+        took, used, peak = time.perf_counter() - started, site.spent().since(spent), sum(site.peak(SERVICE))
     figures = {"listens s": listens, "document s": known, "step s": took}
-    figures |= {"service CPU s": used.service, "store CPU s": used.store, "service peak bytes": sum(site.peak(SERVICE))}
+    figures |= {"service CPU s": used.service, "store CPU s": used.store, "service peak bytes": peak}
     say(f"  killed: {' and '.join(killed) or 'none'}: {_told(figures)}")
     return figures
 
