@@ -27,11 +27,13 @@ def age_of(id_: str) -> float:
 
 
 def new_commit() -> str:
-    """64 random bits, so that no two histories of a session share a commit."""
-    if not _commits:
+    """64 random bits, so that no two histories of a session share a commit. In any thread."""
+    try:
+        return _commits.pop()
+    except IndexError:  # not asked before: another thread may take the last one in between
         drawn = os.urandom(8 * _AT_ONCE).hex()  # a call of the kernel takes as long as a hundred of these
-        _commits.extend(drawn[start : start + 16] for start in range(0, len(drawn), 16))
-    return _commits.pop()
+        _commits.extend(drawn[start : start + 16] for start in range(16, len(drawn), 16))
+        return drawn[:16]
 
 
 def checked_id(id_: str) -> str:

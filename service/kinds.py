@@ -202,9 +202,14 @@ _CLASSES: dict[type[BaseModel], Any] = {
 
 
 def core_object(value: Any) -> Any:
-    """A validated model as the core's object, a list as a tuple; anything else as it is. Raises InvalidRecipe."""
+    """A validated model as the core's object, a list as a tuple; anything else as it is. Raises InvalidRecipe.
+
+    But -0.0 as 0.0: they are equal, and so the former would pass for the default that the latter is (`brief_of`).
+    """
     if isinstance(value, list):
         return tuple(map(core_object, value))
+    if type(value) is float:
+        return value + 0.0
     cls = _CLASSES.get(type(value))
     if cls is None:
         return value

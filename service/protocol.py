@@ -52,7 +52,6 @@ BETWEEN, _HEAD, _BODY = range(3)
 _VERSIONS: Final = frozenset(("1.0", "1.1"))
 _LOOKED_AT: Final = frozenset((b"host", b"transfer-encoding", b"expect"))
 
-
 Takes: TypeAlias = Callable[[RequestResponseCycle], bool]
 
 
@@ -392,6 +391,8 @@ class Guarded(HttpToolsProtocol):
 
     def _begin(self, cycle: RequestResponseCycle, app: Any, turns: int) -> None:
         if cycle.more_body and turns and not cycle.disconnected:
+            scope = cast("dict[str, Any]", cycle.scope)
+            scope |= {READY: self.loop.time()} if READY in scope else {}  # turns without its body are no sign of load
             self.loop.call_soon(self._begin, cycle, app, turns - 1)
         elif not self.takes(cycle):
             super()._start_asgi_task(cycle, app)
@@ -412,8 +413,7 @@ class Guarded(HttpToolsProtocol):
             begin()
             return
         cycle.response_started = cycle.response_complete = True
-        scope = cast("dict[str, Any]", cycle.scope)
-        error = self.admission.overloaded("requests")
+        scope, error = cast("dict[str, Any]", cycle.scope), self.admission.overloaded("requests")
         headers = [*self.server_state.default_headers, (b"x-request-id", self.admission.told(scope))]
         reply = as_sent(error, headers, scope["path"], keep=cycle.keep_alive, body=scope["method"] != "HEAD")
         self.transport.write(reply)

@@ -87,7 +87,13 @@ class ShortWay:
 
     def take(self, cycle: RequestResponseCycle) -> bool:
         """Whether the request of `cycle` goes this way; if so it is answered, now or later."""
-        taken = self._takes(cycle)
+        try:
+            taken = self._takes(cycle)
+        except Exception:  # a bug, which the usual way meets as well, or which is of this one alone
+            log.exception("unexpected failure of the short way", path=cycle.scope["path"])
+            taken = False
+        if taken:
+            cycle.body = bytearray()  # or the connection would hold it until its next request
         way, what = "short" if taken else "usual", "pull" if cycle.scope["method"] == "GET" else "step"
         self.counts[f"{way} {what}"] += 1
         return taken
@@ -145,41 +151,48 @@ class ShortWay:
         return None if future is None else (future, lambda point: replies.unless(held, point, form))
 
     def _answer(self, call: Call, ticket: Ticket, encode: Encode, future: "asyncio.Future[Any]") -> None:
-        ticket.leave()
         if future.cancelled():
+            ticket.leave()
             call.cycle.transport.close()
             return
-        error = future.exception()
-        if error is None:
+        path = call.cycle.scope["path"]
+        try:
             reply = encode(future.result())
-        else:
-            path = call.cycle.scope["path"]
-            if not isinstance(error, CoreError | ServiceError | WireError):
-                log.error("unexpected failure", path=path, exc_info=error)
-            assert isinstance(error, Exception)
+        except (CoreError, ServiceError, WireError) as error:
             reply = replies.refusal(error, path)
-        self._tell(call, reply)
+        except Exception as error:
+            log.exception("unexpected failure", path=path)
+            reply = replies.refusal(error, path)
+        if sum(map(len, reply.pieces)) < LARGE or call.cycle.disconnected:
+            ticket.leave()
+            self._tell(call, reply)
+        else:
+            task = asyncio.get_running_loop().create_task(self._send(call, ticket, reply))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
 
     def _tell(self, call: Call, reply: Reply) -> None:
-        cycle, status = call.cycle, 0
-        if not cycle.disconnected:
-            status = reply.status
-            if status >= 400:
-                self._requests.refuse(refused_as.get())
-            if sum(map(len, reply.pieces)) < LARGE:
-                _write(cycle, reply, call.id)
-            else:
-                self._send(cycle, reply, call.id)
-        method, path, seconds = cycle.scope["method"], cycle.scope["path"], time.perf_counter() - call.started
-        self._requests.end(method, path, status, seconds)
-        self._access.write(method, path, status, seconds, call.id)
+        told = not call.cycle.disconnected
+        if told:
+            _write(call.cycle, reply, call.id)
+        self._end(call, reply.status if told else 0)
 
-    def _send(self, cycle: RequestResponseCycle, reply: Reply, id_: str) -> None:
-        """A long reply, which is held back while the client does not read."""
-        reply = reply._replace(headers=[*reply.headers, (b"x-request-id", id_.encode())])
-        task = asyncio.get_running_loop().create_task(send_reply(cycle.send, reply))  # type: ignore[arg-type]
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
+    async def _send(self, call: Call, ticket: Ticket, reply: Reply) -> None:
+        """A long reply, which is held back while the client does not read, and at work until it has gone."""
+        reply = reply._replace(headers=[*reply.headers, (b"x-request-id", call.id.encode())])
+        try:
+            await send_reply(call.cycle.send, reply)  # type: ignore[arg-type]  # uvicorn's types are narrower
+        finally:
+            ticket.leave()
+            self._end(call, reply.status)
+
+    def _end(self, call: Call, status: int) -> None:
+        """`status` is 0 where the client was gone before it could be told."""
+        if status >= 400:
+            self._requests.refuse(refused_as.get())
+        scope, seconds = call.cycle.scope, time.perf_counter() - call.started
+        self._requests.end(scope["method"], scope["path"], status, seconds)
+        self._access.write(scope["method"], scope["path"], status, seconds, call.id)
 
 
 def _request(cycle: RequestResponseCycle) -> Request:

@@ -3,6 +3,7 @@
 A `Prefer` with nothing in it that is known changes nothing about a request but that it goes the usual way.
 """
 
+import contextlib
 import json
 import re
 import time
@@ -17,7 +18,8 @@ import pytest
 from service.wire import safetensors
 from tests.http.callers import bearing, houses, revoke
 from tests.http.sockets import connected, reply_on
-from tests.http.test_metrics import grown, read
+from tests.http.test_body_memory import memory
+from tests.http.test_metrics import grown, read, value
 from tests.running import Server, serving
 from tests.wire import create
 
@@ -211,6 +213,39 @@ def test_long_replies_too(server: Server, client: httpx.Client) -> None:
     assert len(replies[0][2]) > 64 << 10
     assert replies[0] == replies[1]
     assert ways(client, before) == (1, 1)
+
+
+def test_a_long_reply_is_at_work_until_it_has_gone(server: Server, client: httpx.Client) -> None:
+    """Or many that read nothing would be answered, each with an array of its own, however few may be in flight."""
+    session = create(client, optimizer="sgd", params={"w": [1.0], "b": [0.5] * 4_000_000})["id"]
+    step = json.dumps({"gradients": {"w": [1.0]}, "partial": True}).encode()
+    client.get(f"/v1/sessions/{session}/params", headers={"accept": SAFETENSORS})
+    before, at_work = read(client), []
+    for more in ({}, USUAL):
+        with connected(server) as connection:
+            connection.sendall(asked(session, OF_JSON | {"accept": SAFETENSORS} | more, step))
+            assert connection.recv(1) == b"H"  # it is on its way, and 16 MB are more than the kernel takes
+            at_work.append(value(read(client), "ravine_http_requests_in_flight"))
+    assert at_work == [1, 1]
+    assert ways(client, before) == (1, 1)
+    deadline = time.monotonic() + 20
+    while value(read(client), "ravine_http_requests_in_flight"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_body_is_not_held_until_the_next(server: Server, client: httpx.Client) -> None:
+    """By a connection that is kept."""
+    session, padded, count = made(client), JSON + b" " * 60_000, 600
+    before, resident = read(client), memory(server.pid)
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            connection = stack.enter_context(connected(server))
+            connection.sendall(asked(session, OF_JSON, padded))
+            assert reply_on(connection)[0] == 200
+        grown_by = memory(server.pid) - resident
+    assert sum(ways(client, before)) == count
+    assert grown_by < count * len(padded) // 3, f"{grown_by >> 10} KiB"
 
 
 def test_what_has_to_be_looked_up_goes_the_usual_way(client: httpx.Client, server: Server) -> None:

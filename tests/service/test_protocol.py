@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,9 +12,9 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from service.admission import Admission
+from service.admission import READY, Admission
 from service.bodies import ClientGone, read
-from service.protocol import Guarded, guarded
+from service.protocol import BODY_TURNS, Guarded, guarded
 
 PATIENCE = 20.0  # seconds
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
@@ -98,3 +99,44 @@ def test_nor_of_one_that_was_refused() -> None:
     admission.requests = admission.limits.requests
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         assert runner.run(left_of(WHOLE, 1, admission)) == 0
+
+
+async def turns_waited() -> tuple[int, int]:
+    """How many turns of the loop a step whose body does not come with its head waited, by its own account; and how many
+    there were.
+    """
+    loop, turns, ready = asyncio.get_running_loop(), list[float](), list[float]()
+
+    def turn() -> None:
+        turns.append(loop.time())
+        time.sleep(0.002)  # or the clock of two turns would be the same
+        if not ready:
+            loop.call_soon(turn)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        ready.append(scope[READY])
+        await taker(scope, receive, send)
+
+    config = uvicorn.Config(app, ws="none", lifespan="off", log_config=None)
+    config.load()
+    server = await loop.create_server(
+        lambda: guarded(Admission())(config=config, server_state=ServerState(), app_state={}), "127.0.0.1", 0
+    )
+    reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    turn()
+    before = len(turns)
+    writer.write(b"POST /v1/sessions/s/steps HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n")
+    await until(lambda: bool(ready))
+    waited = sum(at > ready[0] for at in turns)
+    writer.write(b"ok")
+    await reader.readuntil(b"ok")
+    writer.close()
+    server.close()
+    return waited, len(turns) - before
+
+
+def test_turns_without_a_body_are_no_sign_of_load() -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        waited, turns = runner.run(turns_waited())
+    assert turns > BODY_TURNS
+    assert waited <= 2

@@ -14,9 +14,11 @@ from core import averaging, optimizers, schedules, transforms
 from core.recipe import Recipe
 from service.documents import Document
 from service.errors import Fault, InvalidRequest
-from service.schemas import NewSession, document_of, parse_create, patch, recipe_of
+from service.schemas import NewSession, brief_of, document_of, parse_create, patch, recipe_of
 from service.wire.json import dumps, loads
 from tests.core.schedule_strategies import closed, plateau
+from tests.http.continuation_cases import CASES
+from tests.http.continuation_cases import SHAPES as CASE_SHAPES
 
 SHAPES = {"w": [2, 3], "b": [3]}
 
@@ -116,10 +118,36 @@ def test_what_is_described_reads_back_as_the_same(body: dict[str, Any]) -> None:
     described = document.describe()
     assert loads(dumps(described)) == described
     assert document_of(described) == document
+    assert same_text(document_of(loads(dumps(brief_of(document)))), document)
     assert recipe_of(document.recipe.describe()) == document.recipe
     for name, value in body["optimizer"].items():
         if not isinstance(value, dict):
             assert described["optimizer"][name] == value
+
+
+def same_text(one: Document, other: Document) -> bool:
+    """More than that they are equal: 0.0 and -0.0 are."""
+    return bool(dumps(one.describe()) == dumps(other.describe())) and one == other
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_stored_without_its_defaults_reads_back_as_the_same(name: str) -> None:
+    shapes = {name: list(extents) for name, extents in CASE_SHAPES.items()}
+    document = parse_create({"shapes": shapes, "name": "n", "labels": {"a": "b"}, **CASES[name].body})[0]
+    assert same_text(document_of(loads(dumps(brief_of(document)))), document)
+
+
+def negative_zeros() -> list[tuple[str, str]]:
+    """Kinds, and what is 0.0 of them if it is left out."""
+    every = [(kind, field) for kind, cls in optimizers.KINDS.items() for field in fields(cls)]
+    return [(kind, field.name) for kind, field in every if type(field.default) is float and field.default == 0]
+
+
+@pytest.mark.parametrize(("kind", "name"), negative_zeros())
+def test_a_negative_zero_is_stored_as_it_is_computed_with(kind: str, name: str) -> None:
+    """It is equal to the default that is left out, and with it a step has other bits: 0 * g or -0 * g."""
+    document = created(optimizer={"kind": kind, name: -0.0})
+    assert same_text(document_of(loads(dumps(brief_of(document)))), document)
 
 
 @settings(max_examples=30, deadline=None)
