@@ -19,7 +19,6 @@ import orjson
 from core.errors import CoreError
 from core.evaluate import Evaluator
 from core.layout import Array
-from core.recipe import Recipe
 from core.session import Session
 from service import answers, crowd
 from service import live as files
@@ -141,7 +140,7 @@ class Engine:
         while True:
             seen, tenant = await self._look(id_, lambda live: (live.document, live.head.tenant))
             recipe = files.with_new_noise(seen.recipe)
-            make = partial(self._look, id_, partial(_copied, seen=seen, recipe=recipe), threaded=True)
+            make = partial(self._look, id_, partial(files.copied, seen=seen, recipe=recipe), threaded=True)
             with contextlib.suppress(Superseded):
                 return await self._create(make, replace(seen, recipe=recipe, created_at=now()), tenant)
 
@@ -494,12 +493,3 @@ class Engine:
 
     def _entered(self, live: Live) -> None:
         self._spawn(self._tenants.count(live.id, replace(live.head)))
-
-
-def _copied(live: Live, seen: Document, recipe: Recipe) -> Session:
-    """A copy, with `recipe`. Raises Superseded where the session's document is not `seen` any more."""
-    if live.document is not seen:
-        raise Superseded
-    session = live.frozen()
-    session.recipe = recipe
-    return session

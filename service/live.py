@@ -23,7 +23,7 @@ from core.session import Outcome, Session
 from core.state import State, state_of, tensors_of, workers_of
 from service import tensors as forms
 from service.documents import Document, Point, Stamp
-from service.errors import Corrupt, Fault, InvalidRequest, UnknownFormat
+from service.errors import Corrupt, Fault, InvalidRequest, Superseded, UnknownFormat
 from service.ids import new_commit
 from service.records import FORMAT as STORED
 from service.records import Head, LogEntry, Pieces, Stored
@@ -321,6 +321,15 @@ def with_new_noise(recipe: Recipe) -> Recipe:
     if recipe.aggregation.seed is None:
         return recipe
     return replace(recipe, aggregation=replace(recipe.aggregation, seed=secrets.randbelow(MAX_INTEGER)))
+
+
+def copied(live: Live, seen: Document, recipe: Recipe) -> Session:
+    """A copy, with `recipe`. Raises Superseded where the session's document is not `seen` any more."""
+    if live.document is not seen:
+        raise Superseded
+    session = live.frozen()
+    session.recipe = recipe
+    return session
 
 
 def describe(document: Document) -> dict[str, Any]:
