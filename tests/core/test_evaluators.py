@@ -205,6 +205,30 @@ def test_small_steps_are_worth_a_kernel_too_once_there_were_many() -> None:
     assert asked == [Spec(descend, False, 0, 1, "float64", True)]
 
 
+@needs_numba
+@pytest.mark.parametrize("kind", ["momentum", "adam", "adagrad"])
+def test_a_kernel_that_comes_after_many_small_steps_gives_the_same_bits(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a session, with tensors that are too small to ask for one by themselves."""
+    size, steps = 10_000, 5
+    monkeypatch.setattr(core.evaluate, "MUCH", steps * (size + SETUP))
+    asked: list[Spec] = []
+    compiled = Evaluator(on_missing=asked.append)
+    random = np.random.default_rng(3)
+    start = {"w": random.normal(size=size)}
+    sessions = [make(FORMS[kind][-1], start, dtype="float32", evaluator=each) for each in (compiled, Evaluator())]
+    for t in range(1, 2 * steps + 1):
+        gradient = {"w": random.normal(size=size) * 10.0 ** random.integers(-30, 20)}
+        for session in sessions:
+            go(session, gradient)
+        assert bool(asked) == (t >= steps)
+        if t == steps:
+            compiled.compile(asked[0])
+        assert_same_state(sessions[0].state, sessions[1].state)
+    assert len(asked) == 1
+
+
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_a_formula_stays_in_the_dtype(formula: str) -> None:
     """A literal number in one would make float64 of it."""

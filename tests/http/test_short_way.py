@@ -6,6 +6,8 @@ A `Prefer` with nothing in it that is known changes nothing about a request but 
 import contextlib
 import json
 import re
+import socket
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -312,6 +314,55 @@ def test_who_is_gone_is_not_waited_for(server: Server, client: httpx.Client) -> 
         time.sleep(0.01)
     assert ways(client, before) == (1, 0)
     assert client.post(f"/v1/sessions/{session}/steps", content=JSON, headers=OF_JSON).json()["step"] == 2
+
+
+FEW = 6  # requests in flight
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    settings = {"RAVINE_MAX_REQUESTS": str(FEW), "RAVINE_JIT": "false"}
+    with serving(tmp_path_factory.mktemp("narrow") / "data", environment=settings) as running:
+        yield running
+
+
+def left_over(session: str, long: str) -> Iterator[tuple[bytes, bool]]:
+    """What clients send before they go, and whether they reset the connection: at each moment of a request, with many
+    of them behind each other, with what is no request behind them, and with a long reply that they do not read.
+    """
+    whole = asked(session, OF_JSON, JSON)
+    partial = json.dumps({"gradients": {"w": [1.0]}, "partial": True}).encode()
+    pull = asked(long, {"accept": SAFETENSORS}, b"", "", "1.1", "GET", "params")
+    sent = [whole[:end] for end in range(1, len(whole), 7)]
+    sent += [whole * count for count in (1, 2, 2 * FEW, 100)]
+    sent += [whole + b"\0\r\n\r\n", whole * 3 + whole[:-5], whole + asked(session, OF_JSON, b"{") + whole]
+    sent += [asked(long, OF_JSON | {"accept": SAFETENSORS}, partial) * count for count in (1, 3)] + [pull, pull * 3]
+    return ((each, reset) for each in sent for reset in (False, True))
+
+
+def test_places_are_given_back_whenever_a_client_goes(narrow: Server) -> None:
+    with narrow.client() as client:
+        session = made(client)
+        long = create(client, optimizer="sgd", params={"w": [1.0], "b": [0.5] * 1_000_000})["id"]
+        client.get(f"/v1/sessions/{long}/params", headers={"accept": SAFETENSORS})
+        for turn in range(2):
+            for sent, reset in left_over(session, long):
+                with connected(narrow) as connection:
+                    connection.sendall(sent)
+                    if turn:
+                        time.sleep(0.002)  # so that it is begun
+                    if reset:
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        gauges = {"ravine_http_requests_in_flight": 0, "ravine_http_arrivals": 0, "ravine_http_connections": 1}
+        deadline = time.monotonic() + 20
+        while {name: value(found := read(client), name) for name in gauges} != gauges:
+            assert time.monotonic() < deadline, {name: value(found, name) for name in gauges}
+            time.sleep(0.05)
+    with contextlib.ExitStack() as stack:  # and what was begun and never entered is not counted for ever either
+        connections = [stack.enter_context(connected(narrow)) for _ in range(FEW)]
+        for connection in connections:
+            connection.sendall(asked(session, OF_JSON, JSON))
+        assert [reply_on(connection)[0] for connection in connections] == [200] * FEW
 
 
 def test_requests_are_counted_and_named(server: Server, client: httpx.Client) -> None:
