@@ -153,6 +153,7 @@ class Embedded:
             try:
                 pause = pause_after(pause, await asyncio.to_thread(sync))
             except OSError as error:
+                pause = 1.0  # however fast the log was: each failure is told
                 self._say(f"The log in {self.data} could not be synced to the disk: {error}")
 
     async def stop(self) -> None:

@@ -74,8 +74,7 @@ class Guarded(HttpToolsProtocol):
         self._watch: asyncio.TimerHandle | None = None
         self._body_size = 0  # of all bodies so far
         self._counted = -1  # as much of them was looked at; -1: the message under way was not yet
-        self._excess = 0
-        self._unwanted = 0
+        self._excess = self._unwanted = 0
         self._closing_cycle: RequestResponseCycle | None = None  # which keeps the connection once its body is there
         self._fault: Exception | None = None
         self._running: RequestResponseCycle | None = None  # uvicorn's `cycle` is the last that came
@@ -179,6 +178,11 @@ class Guarded(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
+    def _parse_anew(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        # After a request to close, this one would take all that comes for what follows the end.
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
     def _go_on(self, size: int) -> None:
         """`size` bytes came, and the message is not whole."""
         if self._at == _HEAD:
@@ -228,7 +232,7 @@ class Guarded(HttpToolsProtocol):
     def body_came(self, *, whole: bool) -> None:
         """Past the parser, which begins anew with what follows it."""
         if whole:
-            self.parser = httptools.HttpRequestParser(self)
+            self._parse_anew()
             self.on_message_complete()
         self.cycle.message_event.set()
 
@@ -371,7 +375,6 @@ class Guarded(HttpToolsProtocol):
 
     @property
     def in_a_message(self) -> bool:
-        """Whether what was read last ends in the middle of a request."""
         return self._at != BETWEEN
 
     # What goes
@@ -447,8 +450,6 @@ class Guarded(HttpToolsProtocol):
     def resume_writing(self) -> None:
         if self._outlet is None or self._outlet.drained():
             super().resume_writing()
-
-    # The timer
 
     def _look_at(self, moment: float) -> None:
         """At this moment, or before it."""

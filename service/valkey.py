@@ -137,8 +137,16 @@ class LogSync:
         self._synced: dict[Path, int] = {}  # bytes
 
     def __call__(self) -> int:
-        """Syncs. Returns by how many bytes the log had grown. Raises OSError."""
-        return sum(self._sync(path) for path in self._directory.glob("*.incr.aof"))
+        """Syncs. Returns by how many bytes the log had grown. Raises OSError, once all files were tried."""
+        grown, fault = 0, None
+        for path in self._directory.glob("*.incr.aof"):
+            try:
+                grown += self._sync(path)
+            except OSError as error:
+                fault = error
+        if fault is not None:
+            raise fault
+        return grown
 
     def _sync(self, path: Path) -> int:
         before = self._synced.get(path, 0)
