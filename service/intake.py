@@ -5,8 +5,8 @@ wait, out of them, and into its array; and for each piece the reading is stopped
 array for all of a body whose length is known, an `Intake` takes the place of the connection's protocol at the
 transport, and the kernel copies into the array. It asks for no byte beyond the body: what follows is the parser's.
 
-The kernel is asked again as long as it fills all that it is given, up to 32 times in one turn of the loop. A client that
-is as fast as that has 8 MB read at once, while all others wait. So after MESSAGE bytes it waits a turn itself.
+The kernel is asked again as long as it fills all that it is given, up to 32 times in one turn of the loop. A client
+that is as fast as that has 8 MB read at once, while all others wait. So after MESSAGE bytes it waits a turn itself.
 
 All else stays as it is. Bytes are counted before there is room for them, and their pace is looked at as they come. Who
 reads the body still asks for its messages, which are empty now: that the client has gone or its key is not valid any
