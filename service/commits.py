@@ -447,7 +447,7 @@ class Committer:
         live.session, live.document, live.head = fresh.session, fresh.document, fresh.head
         live.done, live.kept, live.log = fresh.done, fresh.kept, fresh.log
         live.closed, live.asked = fresh.closed, fresh.asked
-        live.log_bytes, live.unwritten = fresh.log_bytes, 0
+        live.log_bytes, live.unwritten, live.unwritten_entries = fresh.log_bytes, 0, 0
         live.points.clear()
 
 

@@ -103,6 +103,7 @@ class Live:
     log: list[Logged] = field(default_factory=list)
     log_bytes: int = 0
     unwritten: int = 0  # what they were when a snapshot failed
+    unwritten_entries: int = 0  # and how many entries they were
     queue: deque[Any] = field(default_factory=deque)
     taken: list[Any] = field(default_factory=list)  # out of the queue, not answered yet
     runner: "asyncio.Task[None] | None" = None
@@ -167,7 +168,8 @@ class Live:
             return
         self.head.snap, self.head.chunks, self.head.base = snap, chunks, base
         del self.log[: max(len(self.log) - (self.head.seq - base), 0)]
-        self.log_bytes, self.unwritten = sum(entry.size for entry in self.log), 0
+        self.log_bytes = sum(entry.size for entry in self.log)
+        self.unwritten = self.unwritten_entries = 0
 
     def learn(self, epoch: int) -> None:
         """Takes note of what was accepted. What it knows of that does not sink: a store that went back may say less."""
