@@ -47,8 +47,7 @@ HEARD_BEHIND: Final = 16  # of them, while the one in flight waits: more are not
 # Bytes around those of a chunk, for each of these; and how many more there may be, trailers included.
 OVERHEAD, EXCESS = 16, 64 << 10
 
-# Where the parser is.
-BETWEEN, _HEAD, _BODY = range(3)
+BETWEEN, _HEAD, _BODY = range(3)  # where the parser is
 _VERSIONS: Final = frozenset(("1.0", "1.1"))
 _LOOKED_AT: Final = frozenset((b"host", b"transfer-encoding", b"expect"))
 
