@@ -53,10 +53,9 @@ class Snapshots:
         A copy of Adam's slots weighs twice the gradient, and beside a step that would more than double what the step
         takes. The bytes go through the same event loop either way, so waiting costs one step in a few some latency.
         """
-        weight = live.session.state.nbytes
-        if live.snapshot is not None or not _is_due(live, weight):
+        if live.snapshot is not None or not _is_due(live):
             return
-        if weight < COPIED:
+        if live.session.state.nbytes < COPIED:
             self.begin(live)
         else:
             await self._write(live, *_basis(live), *files.snapshot(live, self._brief, copy=False))
@@ -83,21 +82,22 @@ class Snapshots:
             elif (head := await self._store.head(live.id)) is not None:  # another replica was first
                 live.rebase(head.snap, head.chunks, head.base)
         except ServiceError as error:
-            live.unwritten, live.unwritten_entries = (
-                live.log_bytes,
-                len(live.log),
-            )  # or a store that is full would be sent one after every step
+            # Or a store that is full would be sent one after every step.
+            live.unwritten, live.unwritten_entries = live.log_bytes, len(live.log)
             log.warning("snapshot not written", session=live.id, reason=str(error))
         finally:
             live.snapshot = None
 
 
-def _is_due(live: Live, weight: int) -> bool:
-    """Whether the log has become too heavy, or too long, for a state that weighs so many bytes."""
-    most = min(OUTWEIGHS * weight, weight + SPARE)
-    if live.log_bytes - live.unwritten > max(most, SNAPSHOT_FLOOR):
+def _is_due(live: Live) -> bool:
+    """Whether the log has become too heavy for the state, or too long."""
+    if len(live.log) - live.unwritten_entries >= ENTRIES:
         return True
-    return len(live.log) - live.unwritten_entries >= ENTRIES
+    new = live.log_bytes - live.unwritten
+    if new <= SNAPSHOT_FLOOR:  # of most sessions, after most steps
+        return False
+    weight = live.session.state.nbytes
+    return new > min(OUTWEIGHS * weight, weight + SPARE)
 
 
 def _basis(live: Live) -> tuple[Head, list[files.Logged]]:
