@@ -172,9 +172,7 @@ class Guarded(HttpToolsProtocol):
         """
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
-        # After a request to close, this one would take all that comes for what follows the end.
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._parse_anew()
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def _parse_anew(self) -> None:
