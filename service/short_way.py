@@ -23,7 +23,7 @@ from core.errors import CoreError
 from service import replies
 from service.access.gate import Gate
 from service.access.quotas import Quotas
-from service.access.rights import path_of
+from service.access.rights import call_at, path_of
 from service.admission import Admission, Ticket
 from service.asked import asked, contributed, step_request
 from service.bodies import SMALL
@@ -38,9 +38,6 @@ from service.wire.errors import WireError
 
 log = structlog.get_logger("ravine")
 
-_SESSIONS: Final = "/v1/sessions/"
-# What of a session goes this way, by the method; both ask for the right to work.
-_RESOURCES: Final = {"POST": "/steps", "GET": "/params"}
 COPIED: Final = 4096  # bytes up to which they are joined with the head
 # Requests with any of these are read, or answered, in a way of their own.
 _OTHERWISE: Final = frozenset((b"content-encoding", b"expect", b"prefer", b"transfer-encoding"))
@@ -59,7 +56,10 @@ class Call(NamedTuple):
 
 
 class ShortWay:
-    """`limit` is of a body, in bytes; `named` gives a request its id."""
+    """For POST …/steps and GET …/params, which the protocol tells apart (`protocol.SHORT`).
+
+    `limit` is of a body, in bytes; `named` gives a request its id.
+    """
 
     def __init__(
         self,
@@ -103,10 +103,11 @@ class ShortWay:
         if cycle.more_body or cycle.disconnected or cycle.flow.write_paused or len(cycle.body) > self._most:
             return False
         headers = dict(scope["headers"])
-        session = _session_in(path_of(scope), _RESOURCES[scope["method"]])
-        if len(headers) != len(scope["headers"]) or not _OTHERWISE.isdisjoint(headers) or not session:
+        methods, session = call_at(path_of(scope))
+        right = None if methods is None else methods.get(scope["method"])
+        if len(headers) != len(scope["headers"]) or not _OTHERWISE.isdisjoint(headers) or not session or right is None:
             return False
-        access = self._gate.at_once(scope, headers, session)
+        access = self._gate.at_once(scope, headers, session, right)
         if access is None or self._quotas.counts(access):
             return False
         return self._let_in(cycle, scope, session)
@@ -201,14 +202,6 @@ def _request(cycle: RequestResponseCycle) -> Request:
 
 def _as_it_is(reply: Reply) -> Reply:
     return reply
-
-
-def _session_in(path: str, resource: str) -> str:
-    """The session of a path to this of it; "" for any other."""
-    if not (path.startswith(_SESSIONS) and path.endswith(resource)):
-        return ""
-    session = path[len(_SESSIONS) : -len(resource)]
-    return "" if "/" in session else session
 
 
 def _write(cycle: RequestResponseCycle, reply: Reply, id_: str) -> None:

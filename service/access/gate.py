@@ -103,8 +103,8 @@ class Gate:
             raise Unauthenticated
         return ANYBODY
 
-    def at_once(self, scope: Scope, headers: Mapping[bytes, bytes], session: str) -> Access | None:
-        """Who sends a step to this session, and may, where nobody need be asked; None: `caller` and `check` are to say.
+    def at_once(self, scope: Scope, headers: Mapping[bytes, bytes], session: str, right: Right) -> Access | None:
+        """Who calls, and has this `right` to the session, where nobody need be asked; None: `caller` and `check` say.
 
         `headers` are all there are, each of them once.
         """
@@ -115,7 +115,7 @@ class Gate:
             access = self._known.remembered(text) if scheme.lower() == b"bearer" else None
         else:
             access = None if self._asks or not self._may_be_keyless(scope, headers) else ANYBODY
-        if access is None or self._tenants.get(session) != access.tenant or granted(access) < Right.WORK:
+        if access is None or self._tenants.get(session) != access.tenant or granted(access) < right:
             return None
         return access if access.scope != "worker" or access.session == session else None
 
