@@ -54,7 +54,6 @@ import structlog
 from redis.exceptions import RedisError
 
 from service.errors import Corrupt, ServiceError, SessionNotFound, StateLost, StoreFull, StoreUnavailable, UnknownFormat
-from service.link import ClusterLink
 from service.live import Live
 from service.records import Head, Known, Stored, Tail, state_lost
 from service.store import Store
@@ -68,10 +67,9 @@ REMEMBERED, FORGOTTEN = 65_536, 1024
 PLACE = 200
 # Seconds between two looks at which server it is, and between two looks at all places even if it is the same.
 LOOK, EVERY = 0.5, 30.0
-# So many places are looked at together, fewer in a cluster, where each takes one of the turns that all calls share; and
-# the pause after them: 50,000 take some seconds, and nobody waits for it. The next look at all of them is not before so
-# many times what the last one took.
-BATCH, CLUSTER_BATCH, PAUSE = 200, 20, 0.01
+# So many places are looked at together, and the pause after them: 50,000 take some seconds, and nobody waits for it.
+# The next look at all of them is not before so many times what the last one took.
+BATCH, PAUSE = 200, 0.01
 REST = 10
 # How often a place is compared anew because the session was changed in between.
 TRIES = 20
@@ -223,9 +221,8 @@ class Heads:
 
     async def _look_at_all(self) -> None:
         ids = [*self._live, *self._remembered]
-        batch = CLUSTER_BATCH if isinstance(self._store.link, ClusterLink) else BATCH
-        for start in range(0, len(ids), batch):
-            places = {id_: known for id_ in ids[start : start + batch] if (known := self.known(id_)) is not None}
+        for start in range(0, len(ids), BATCH):
+            places = {id_: known for id_ in ids[start : start + BATCH] if (known := self.known(id_)) is not None}
             standing = await self._store.standing(list(places))
             for (id_, known), stands in zip(places.items(), standing, strict=True):
                 if stands is None:

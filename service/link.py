@@ -1,10 +1,10 @@
 """Commands to Redis or Valkey: everything that is asked for in one turn of the event loop goes out as one
 pipeline, over one connection, in one write.
 
-redis-py makes the connections (URL, TLS, authentication, cluster topology); a command through its clients costs
-about 100 µs of CPU, through here a tenth of it when many sessions commit at once. A task that waits for a
-reply may be cancelled at any time: the reply is read all the same, by the task of the pipeline, so it can
-never be taken for the reply to somebody else's command. Nothing is sent twice here.
+redis-py makes the connections (URL, TLS, authentication); a command through its clients costs about 100 µs of CPU,
+through here a tenth of it when many sessions commit at once. A task that waits for a reply may be cancelled at any
+time: the reply is read all the same, by the task of the pipeline, so it can never be taken for the reply to somebody
+else's command. Nothing is sent twice here. `cluster.py` has one such link to each node of a cluster.
 
 What is to be acknowledged (`durable`) is followed by a barrier (acks.py) on its own connection, one for all that goes
 out together, and its reply is given once the barrier holds. These commands have pipelines of their own, since a barrier
@@ -14,17 +14,16 @@ blocks its connection and reads must not wait behind it. With ack=memory there i
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import hiredis
 import structlog
-from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.connection import Connection, ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AskError, MovedError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from service.acks import Ack, AckImpossible, Barrier
 from service.errors import Corrupt, StoreFull, StoreUnavailable, Unconfirmed
@@ -41,12 +40,8 @@ UNCOPIED = 4096
 AT_ONCE = 2
 # So many travel alone at once, each over a connection of its own: a gradient of 1 GB is 1024 chunks.
 ALONE_AT_ONCE = 8
-# Commands at once in a cluster, each over a connection: redis-py fails at the 101st to one node, rather than wait.
-CLUSTER_AT_ONCE = 64
-# How often a slot may have moved before a durable command gives up.
-REDIRECTIONS = 3
-# A key that nobody reads, to try a server with; in a cluster a few of them, of which each server has one.
-PLACE, MOST_PLACES = "ravine:tried", 1024
+# A key that nobody reads, to try a server with.
+PLACE = "ravine:tried"
 # Seconds without a reply after which the store counts as away. What is heavy may be long on its way.
 TIMEOUT, HEAVY_TIMEOUT = 5.0, 20.0
 # The share of these after which a reply counts as a sign of life.
@@ -57,7 +52,40 @@ _SERVER = re.compile(rb"(?:run_id|master_replid):(\w+)")
 # Redis before 7 wraps what failed inside a script: "Error running script (call to f_…): @user_script:9: -OOM …".
 _CODE = re.compile(r"(?:Error running script .*?: -)?([A-Z]+)\b")
 
-_Batch = list[tuple[Sequence["Argument"], "asyncio.Future[Any]"]]
+# Lets the command that follows it into a slot that is still on its way to this node.
+_ASKING: tuple[Argument, ...] = ("ASKING",)
+
+
+class Request:
+    """A command, and the future of its reply. `durable` ones wait for the link's barrier, if it has one.
+
+    `asking` and `redirections` are of a cluster: whether it goes to where its slot is moving to, and how often it was
+    sent elsewhere so far.
+    """
+
+    __slots__ = ("alone", "asking", "command", "durable", "redirections", "reply")
+
+    def __init__(
+        self, command: Sequence[Argument], reply: "asyncio.Future[Any]", *, alone: bool, durable: bool
+    ) -> None:
+        self.command = command
+        self.reply = reply
+        self.alone = alone
+        self.durable = durable
+        self.asking = False
+        self.redirections = 0
+
+    def answer(self, value: Any) -> None:
+        """Gives the reply, or the exception that it is, to the caller, if that is still there."""
+        if self.reply.done():
+            return
+        if isinstance(value, Exception):
+            self.reply.set_exception(refused(value) if isinstance(value, ResponseError) else value)
+        else:
+            self.reply.set_result(value)
+
+
+_Batch = list[Request]
 
 
 class Link(Protocol):
@@ -110,11 +138,16 @@ class Pipelines:
         self._scheduled = False
         self.tasks: set[asyncio.Task[None]] = set()
 
-    def add(self, command: Sequence[Argument], reply: "asyncio.Future[Any]") -> None:
-        self._waiting.append((command, reply))
+    def add(self, request: Request) -> None:
+        self._waiting.append(request)
         if not self._scheduled and self._running < AT_ONCE:
             self._scheduled = True
-            reply.get_loop().call_soon(self._flush)
+            request.reply.get_loop().call_soon(self._flush)
+
+    def withdraw(self) -> _Batch:
+        """What was not sent yet, and now will not be."""
+        batch, self._waiting = self._waiting, []
+        return batch
 
     def _flush(self) -> None:
         self._scheduled = False
@@ -149,82 +182,106 @@ async def tried(link: Link, ack: Ack) -> None:
         pass  # what can still be changed is seen to one by one
 
 
-class SingleLink:
-    """One server. `timeout` is how many seconds a pipeline of small commands waits for each of its replies."""
+class ServerLink:
+    """One server, which `connect` makes connections to. `timeout` is how many seconds a pipeline of small commands
+    waits for each of its replies.
+    """
 
-    def __init__(self, url: str, client_name: str, timeout: float = TIMEOUT, barrier: Barrier | None = None) -> None:
-        self._pool = ConnectionPool.from_url(
-            url, protocol=2, client_name=client_name, socket_timeout=None, retry=Retry(NoBackoff(), 0)
-        )
+    def __init__(self, connect: Callable[[], Connection], timeout: float, barrier: Barrier | None) -> None:
+        self._connect = connect
         self._timeout = timeout
         self._idle: list[Connection] = []
         self._light = Pipelines(partial(self._exchange, seconds=timeout))
         self._durable = Pipelines(partial(self._exchange, seconds=timeout, barrier=barrier))
-        self._heavy: deque[tuple[Sequence[Argument], asyncio.Future[Any], Barrier | None]] = deque()
+        self._heavy: deque[Request] = deque()
         self._alone = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._barrier = barrier
+        self._closed = False
 
-    def call(self, *command: Argument, alone: bool = False, durable: bool = False) -> "asyncio.Future[Any]":
-        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        barrier = self._barrier if durable else None
-        if alone or _weight(command) > HEAVY:
-            self._heavy.append((command, reply, barrier))
+    def send(self, request: Request) -> None:
+        if request.alone or _weight(request.command) > HEAVY:
+            self._heavy.append(request)
             self._start_heavy()
-        elif barrier is not None:
-            self._durable.add(command, reply)
+        elif request.durable and self._barrier is not None:
+            self._durable.add(request)
         else:
-            self._light.add(command, reply)
-        return reply
+            self._light.add(request)
 
-    async def places(self) -> list[str]:
-        return [PLACE]
+    def settle(self, request: Request, error: ResponseError) -> None:
+        """Sees to what the server refused."""
+        request.answer(error)
 
-    async def servers(self) -> str:
-        parts = await asyncio.gather(*[self.call("INFO", part) for part in ("server", "replication")])
-        return b" ".join(_SERVER.findall(b"".join(parts))).decode()
+    def broken_off(self) -> None:
+        """Called when the server has not answered. What was under way fails, whatever is done here."""
 
     def _start_heavy(self) -> None:
         while self._heavy and self._alone < ALONE_AT_ONCE:
             self._alone += 1
-            spawn(self._tasks, self._single(*self._heavy.popleft()))
+            spawn(self._tasks, self._single(self._heavy.popleft()))
 
-    async def _single(self, command: Sequence[Argument], reply: "asyncio.Future[Any]", barrier: Barrier | None) -> None:
+    async def _single(self, request: Request) -> None:
         try:
-            await self._exchange([(command, reply)], max(self._timeout, HEAVY_TIMEOUT), barrier)
+            barrier = self._barrier if request.durable else None
+            await self._exchange([request], max(self._timeout, HEAVY_TIMEOUT), barrier)
         finally:
             self._alone -= 1
             self._start_heavy()
 
     async def _exchange(self, batch: _Batch, seconds: float, barrier: Barrier | None = None) -> None:
-        connection = self._idle.pop() if self._idle else self._connection()
+        connection = self._idle.pop() if self._idle else self._connect()
         loop = asyncio.get_running_loop()
         reason = "the connection was broken off"
-        commands = [command for command, _ in batch]
+        unanswered = iter(batch)
         try:
             async with asyncio.timeout(seconds) as patience:
                 if barrier is None:
-                    await connection.send_packed_command(pack(commands), check_health=False)
+                    await connection.send_packed_command(pack(list(_commands(batch))), check_health=False)
                     since = loop.time()
-                    for _, reply in batch:
-                        await _receive(connection, reply)
+                    for request in batch:
+                        await self._receive(connection, request)
+                        next(unanswered)
                         if loop.time() - since > FRESH * seconds:  # each time would cost as much as the reply
                             since = loop.time()
                             patience.reschedule(since + seconds)
                 else:
                     patience.reschedule(loop.time() + seconds + barrier.seconds)
-                    for (_, reply), value in zip(batch, await _confirmed(connection, commands, barrier), strict=True):
-                        _deliver(reply, value)
+                    for value in await _confirmed(connection, batch, barrier):
+                        self._give(next(unanswered), value)
         # uvloop raises RuntimeError for a write on a connection that the other side has closed.
         except (RedisError, OSError, TimeoutError, RuntimeError, asyncio.CancelledError) as error:
             reason = str(error) or type(error).__name__
+            if not isinstance(error, asyncio.CancelledError):
+                self.broken_off()
             await self._discard(connection)
         else:
-            self._idle.append(connection)
+            await self._keep(connection)
         finally:  # whatever happened: a reply that never comes would leave its caller waiting for ever
-            for _, reply in batch:
-                if not reply.done():
-                    reply.set_exception(StoreUnavailable(f"the store does not answer: {reason}"))
+            for request in unanswered:
+                request.answer(StoreUnavailable(f"the store does not answer: {reason}"))
+
+    async def _receive(self, connection: Connection, request: Request) -> None:
+        if request.asking:
+            await _received(connection)
+        try:
+            value = await connection.read_response(disable_decoding=True)
+        except ResponseError as error:
+            self.settle(request, error)
+        else:
+            if not request.reply.done():
+                request.reply.set_result(value)
+
+    def _give(self, request: Request, value: Any) -> None:
+        if isinstance(value, ResponseError):
+            self.settle(request, value)
+        else:
+            request.answer(value)
+
+    async def _keep(self, connection: Connection) -> None:
+        if self._closed:
+            await connection.disconnect(nowait=True)
+        else:
+            self._idle.append(connection)
 
     async def _discard(self, broken: Connection) -> None:
         """Lets a connection go, and all that lie idle: they led to the same server, and would fail one by one."""
@@ -232,12 +289,14 @@ class SingleLink:
         for connection in (broken, *idle):
             await connection.disconnect(nowait=True)
 
-    def _connection(self) -> Connection:
-        made: Connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-        return made
+    def withdraw(self) -> list[Request]:
+        """What was not sent yet, and now will not be."""
+        heavy, self._heavy = self._heavy, deque()
+        return [*self._light.withdraw(), *self._durable.withdraw(), *heavy]
 
     async def close(self) -> None:
         """What is under way is waited for: a connection that is in use would stay open, and its caller may be gone."""
+        self._closed = True
         tasks = self._tasks | self._light.tasks | self._durable.tasks
         if tasks:
             await asyncio.wait(tasks, timeout=self._timeout)
@@ -246,28 +305,58 @@ class SingleLink:
         self._idle.clear()
 
 
-async def _confirmed(connection: Connection, commands: Sequence[Sequence[Argument]], barrier: Barrier) -> list[Any]:
-    """The replies to `commands`, exceptions among them, once the barrier behind them holds; Unconfirmed if it does not.
+class SingleLink(ServerLink):
+    """The one server at `url`."""
+
+    def __init__(self, url: str, client_name: str, timeout: float = TIMEOUT, barrier: Barrier | None = None) -> None:
+        pool = ConnectionPool.from_url(
+            url, protocol=2, client_name=client_name, socket_timeout=None, retry=Retry(NoBackoff(), 0)
+        )
+        super().__init__(pool.make_connection, timeout, barrier)
+
+    @classmethod
+    async def opened(cls, url: str, client_name: str, barrier: Barrier | None = None) -> "SingleLink":
+        return cls(url, client_name, barrier=barrier)
+
+    def call(self, *command: Argument, alone: bool = False, durable: bool = False) -> "asyncio.Future[Any]":
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.send(Request(command, reply, alone=alone, durable=durable))
+        return reply
+
+    async def places(self) -> list[str]:
+        return [PLACE]
+
+    async def servers(self) -> str:
+        parts = await asyncio.gather(*[self.call("INFO", part) for part in ("server", "replication")])
+        return told_apart(parts)
+
+
+def told_apart(parts: Sequence[bytes]) -> str:
+    """What tells a server from others, of what it said of itself with INFO."""
+    return b" ".join(_SERVER.findall(b"".join(parts))).decode()
+
+
+def _commands(batch: _Batch) -> Iterator[Sequence[Argument]]:
+    for request in batch:
+        if request.asking:
+            yield _ASKING
+        yield request.command
+
+
+async def _confirmed(connection: Connection, batch: _Batch, barrier: Barrier) -> list[Any]:
+    """The replies to `batch`, exceptions among them, once the barrier behind them holds; Unconfirmed if it does not.
 
     What was refused is refused either way: it has written nothing.
     """
+    commands = list(_commands(batch))
     await connection.send_packed_command(pack([*commands, *barrier.commands]), check_health=False)
-    replies = [await _received(connection) for _ in commands]
+    received = [(command, await _received(connection)) for command in commands]
+    replies = [reply for command, reply in received if command is not _ASKING]
     missing = barrier.missing([await _received(connection) for _ in barrier.commands])
     if missing is None:
         return replies
     log.warning("not acknowledged", reason=missing)
     return [reply if isinstance(reply, Exception) else Unconfirmed(missing) for reply in replies]
-
-
-async def _receive(connection: Connection, reply: "asyncio.Future[Any]") -> None:
-    try:
-        value = await connection.read_response(disable_decoding=True)
-    except ResponseError as error:
-        _deliver(reply, error)
-    else:
-        if not reply.done():
-            reply.set_result(value)
 
 
 async def _received(connection: Connection) -> Any:
@@ -276,130 +365,6 @@ async def _received(connection: Connection) -> Any:
         return await connection.read_response(disable_decoding=True)
     except ResponseError as error:
         return error
-
-
-def _deliver(reply: "asyncio.Future[Any]", value: Any) -> None:
-    if reply.done():  # its caller has gone
-        return
-    if isinstance(value, Exception):
-        reply.set_exception(refused(value) if isinstance(value, ResponseError) else value)
-    else:
-        reply.set_result(value)
-
-
-class ClusterLink:
-    """A cluster: redis-py routes each command to the node that has its keys."""
-
-    def __init__(self, url: str, timeout: float = HEAVY_TIMEOUT, barrier: Barrier | None = None) -> None:
-        # No retries: a command that is sent twice behind our back may land twice, with somebody else's in between.
-        self.client: RedisCluster = RedisCluster.from_url(
-            url, protocol=2, socket_timeout=timeout, retry=Retry(NoBackoff(), 0)
-        )
-        self._tasks: set[asyncio.Future[Any]] = set()
-        self._turns = asyncio.Semaphore(CLUSTER_AT_ONCE)
-        self._barrier = barrier
-
-    def call(
-        self,
-        *command: Argument,
-        alone: bool = False,  # noqa: ARG002 - each command has a connection of its own here
-        durable: bool = False,
-    ) -> "asyncio.Future[Any]":
-        task = asyncio.ensure_future(self._call(command, self._barrier if durable else None))
-        # Held here, so that a caller that goes away does not cancel the command.
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return asyncio.shield(task)
-
-    async def _call(self, command: Sequence[Argument], barrier: Barrier | None) -> Any:
-        name, *arguments = command
-        try:
-            async with self._turns:
-                if barrier is None:
-                    return await self.client.execute_command(name, *arguments)
-                return await self._durable(command, barrier)
-        except ResponseError as error:
-            raise refused(error) from None
-        except (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError) as error:
-            raise StoreUnavailable(f"the store does not answer: {error}") from None
-
-    async def _durable(self, command: Sequence[Argument], barrier: Barrier) -> Any:
-        """Not by redis-py, which does not say where a command went: the barrier must go over the same connection."""
-        for _ in range(REDIRECTIONS):
-            await self.client.initialize()
-            node = self.client.get_node_from_key(_key_of(command))
-            if node is None:
-                break
-            try:
-                return await _confirmed_at(node, command, barrier)
-            except MovedError as error:
-                await self.client.nodes_manager.move_slot(error)
-            except AskError:  # the slot is on its way, and half of its keys are elsewhere
-                break
-            except ResponseError:
-                raise
-            except (RedisError, OSError, TimeoutError, RuntimeError):
-                self._look_again(command)
-                raise
-        raise StoreUnavailable("the slot is being moved to another node")
-
-    def _look_again(self, command: Sequence[Argument]) -> None:
-        """A node broke off. redis-py asks for the topology anew once a command of its own has met that."""
-        task = asyncio.ensure_future(self._call(("EXISTS", _key_of(command)), None))
-        self._tasks.add(task)
-        task.add_done_callback(self._met)
-
-    def _met(self, task: "asyncio.Future[Any]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()
-
-    async def places(self) -> list[str]:
-        found: dict[str, str] = {}
-        try:
-            await self.client.initialize()
-            for number in range(MOST_PLACES):
-                place = f"{PLACE}:{{{number}}}"
-                node = self.client.get_node_from_key(place)
-                if node is not None:
-                    found.setdefault(node.name, place)
-        except (RedisError, RedisClusterException, OSError) as error:
-            raise StoreUnavailable(f"the store does not answer: {error}") from None
-        return list(found.values())
-
-    async def servers(self) -> str:
-        try:
-            found = await self.client.execute_command("INFO", "server", target_nodes=RedisCluster.PRIMARIES)
-        except (RedisError, RedisClusterException, OSError, TimeoutError, RuntimeError) as error:
-            raise StoreUnavailable(f"the store does not answer: {error}") from None
-        nodes = {"": found} if "run_id" in found else found  # of one alone redis-py gives the answer itself
-        return " ".join(sorted(f"{name} {info['run_id']}" for name, info in nodes.items()))
-
-    async def close(self) -> None:
-        await self.client.aclose()
-
-
-async def _confirmed_at(node: ClusterNode, command: Sequence[Argument], barrier: Barrier) -> Any:
-    connection = node.acquire_connection()
-    whole = False
-    try:
-        await node.disconnect_if_needed(connection)
-        (reply,) = await _confirmed(connection, [command], barrier)
-        whole = True
-    finally:
-        if not whole:  # replies that are still to come must not be taken for somebody else's
-            await connection.disconnect(nowait=True)
-        node.release(connection)
-    if isinstance(reply, Exception):
-        raise reply
-    return reply
-
-
-def _key_of(command: Sequence[Argument]) -> str:
-    """The first key of a command: of a script it stands behind the script and the number of keys."""
-    key = command[3] if command[0] in ("EVAL", "EVALSHA") else command[1]
-    assert isinstance(key, str)
-    return key
 
 
 def _weight(command: Sequence[Argument]) -> int:

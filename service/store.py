@@ -34,10 +34,11 @@ from redis.exceptions import NoScriptError, RedisError
 
 from service.access.keys import Keyring
 from service.acks import Asked, barrier_of
+from service.cluster import ClusterLink
 from service.errors import Corrupt, StoreFull, StoreUnavailable, Unconfirmed, UnknownFormat
 from service.failpoints import Failpoints
 from service.index import DEADLINES, DEFAULT_TENANT, Index
-from service.link import HEAVY, Argument, ClusterLink, Link, SingleLink, tried
+from service.link import HEAVY, Argument, Link, SingleLink, tried
 from service.meters import StoreMeters
 from service.records import (
     INLINE,
@@ -117,7 +118,8 @@ class Store:
             raise StoreUnavailable(f"the store does not answer: {error}") from None
         finally:
             await single.aclose()
-        self._link = ClusterLink(self._url, barrier=barrier) if mode else SingleLink(self._url, name, barrier=barrier)
+        opened = ClusterLink.opened if mode else SingleLink.opened
+        self._link = await opened(self._url, name, barrier)
         self.index.scattered = bool(mode)
         self.pubsub_client = (
             self._link.client

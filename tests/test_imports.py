@@ -64,6 +64,7 @@ LAYERS: dict[str, set[str]] = {
     # Redis
     "service.acks": set(),
     "service.link": CORE | {"service.acks", "service.errors"},
+    "service.cluster": CORE | {"service.acks", "service.errors", "service.link"},
     "service.failpoints": set(),
     "service.index": set(),
     "service.access": set(),
@@ -74,7 +75,7 @@ LAYERS: dict[str, set[str]] = {
     "service.store": CORE
     | WIRE
     | {"service.access.keys", "service.errors", "service.failpoints", "service.index", "service.link"}
-    | {"service.acks", "service.meters"}
+    | {"service.acks", "service.cluster", "service.meters"}
     | {"service.records"},
     # What each tenant has and may have
     "service.access.script": {"service.link"},
@@ -99,7 +100,7 @@ LAYERS: dict[str, set[str]] = {
     # What goes on beside the changes: rounds that are over, snapshots, those who wait, those who look
     "service.deadlines": CORE | {"service.errors", "service.index", "service.store"},
     "service.snapshots": CORE | WIRE | {"service.errors", "service.live", "service.records", "service.store"},
-    "service.heads": {"service.errors", "service.link", "service.live", "service.records", "service.store"},
+    "service.heads": {"service.errors", "service.live", "service.records", "service.store"},
     "service.residents": {"service.errors", "service.heads", "service.live", "service.records", "service.store"},
     "service.waiting": {"service.bell", "service.errors", "service.documents", "service.heads", "service.store"},
     "service.crowd": CORE | {"service.errors", "service.live", "service.privacy"},

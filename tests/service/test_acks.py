@@ -17,9 +17,9 @@ from redis.cluster import RedisCluster, key_slot
 from redis.exceptions import ResponseError
 
 from service.acks import AckImpossible, Asked, Barrier
+from service.cluster import ClusterLink
 from service.errors import Unconfirmed
 from service.ids import new_id
-from service.link import ClusterLink
 from service.store import Store
 from tests.faults.stores import AT_ONCE, DURABLE, VOLATILE, StoreServer, storing, until
 from tests.running import redis_binary, valkey_binary

@@ -39,7 +39,6 @@ def test_no_more_enter_than_may(url: str) -> None:
     tenant = new_id()
 
     async def scenario(store: Store) -> None:
-        await store.ping()  # what a cluster's client is asked first it must be asked alone
         usage = Usage(store.link.call, Quota(5, 1000))
         ids = [new_id() for _ in range(20)]
         assert await passed([usage.take(tenant, id_, 100) for id_ in ids]) == 5
