@@ -23,7 +23,8 @@ from service.ids import new_id
 from service.store import Store
 from tests.faults.stores import AT_ONCE, DURABLE, VOLATILE, StoreServer, storing, until
 from tests.running import redis_binary, valkey_binary
-from tests.service.test_store import LARGE, chain, cluster, entry, made, runs, steps_of
+from tests.service.nodes import cluster
+from tests.service.test_store import LARGE, chain, entry, made, runs, steps_of
 
 Scenario = Callable[[Store], Awaitable[Any]]
 BINARIES = ["valkey", "redis"]

@@ -2,9 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
-import subprocess
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ from service.index import DEFAULT_TENANT
 from service.records import CHUNK, LogItem, Staged
 from service.store import Store
 from service.wire import safetensors
-from tests.running import redis_binary, redis_server, valkey_binary
+from tests.running import redis_binary, redis_server
+from tests.service.nodes import cluster, eventually
 
 Raw = redis.Redis | RedisCluster
 Scenario = Callable[[Store], Awaitable[Any]]
@@ -48,63 +46,6 @@ def redis_itself(directory: Path) -> Iterator[str]:
         pytest.skip("there is no redis-server on PATH")
     with redis_server(directory, "--save", "", binary=binary) as url:
         yield url
-
-
-@contextlib.contextmanager
-def cluster(directory: Path) -> Iterator[str]:
-    """Three nodes that share the slots."""
-    ports = free_ports(3)
-    with contextlib.ExitStack() as stack:
-        for port in ports:
-            stack.enter_context(node(directory / str(port), port))
-        nodes = [stack.enter_context(redis.Redis(port=port)) for port in ports]
-        bounds = (0, 5461, 10923, 16384)
-        for i, one in enumerate(nodes):
-            eventually(one.ping)
-            one.execute_command("CLUSTER", "ADDSLOTSRANGE", bounds[i], bounds[i + 1] - 1)
-            one.execute_command("CLUSTER", "SET-CONFIG-EPOCH", i + 1)
-        for one in nodes[1:]:
-            one.execute_command("CLUSTER", "MEET", "127.0.0.1", ports[0])
-        eventually(lambda: all(one.execute_command("CLUSTER INFO")["cluster_state"] == "ok" for one in nodes))
-        yield f"redis://127.0.0.1:{ports[0]}"
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports whose buses, 10,000 above, are free too."""
-    found: list[int] = []
-    with contextlib.ExitStack() as stack:
-        for port in range(21_000 + time.time_ns() % 20_000, 55_000):
-            pair = [stack.enter_context(socket.socket()) for _ in range(2)]
-            with contextlib.suppress(OSError):
-                for listening, number in zip(pair, (port, port + 10_000), strict=True):
-                    listening.bind(("127.0.0.1", number))
-                found.append(port)
-            if len(found) == count:
-                return found
-    pytest.skip("there are no free ports for a cluster")
-
-
-@contextlib.contextmanager
-def node(directory: Path, port: int) -> Iterator[None]:
-    directory.mkdir(parents=True)
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--save", "", "--dir", "."]
-    command = [valkey_binary(), *options, "--cluster-node-timeout", "2000"]
-    process = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        with contextlib.suppress(redis.RedisError):
-            if condition():
-                return
-        time.sleep(0.02)
-    raise AssertionError("it did not come to be")
 
 
 STORES = {"embedded": embedded, "redis": redis_itself, "cluster": cluster}
