@@ -32,6 +32,7 @@ class Member:
         options = ["--port", str(self.port), "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--save", ""]
         # A node whose last slot goes would become a replica of the one that got it.
         options += ["--dir", ".", "--cluster-node-timeout", "2000", "--cluster-allow-replica-migration", "no"]
+        options += ["--repl-diskless-sync-delay", "0"]
         options += self._options
         quiet = subprocess.DEVNULL
         return subprocess.Popen([valkey_binary(), *options], cwd=self._directory, stdout=quiet, stderr=quiet)
