@@ -1,6 +1,7 @@
 """A cluster's nodes have a pipeline each, slots that move are followed, and a node that dies takes nobody along."""
 
 import asyncio
+import re
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from service.bell import Bell
 from service.cluster import ClusterLink
 from service.errors import StoreUnavailable, Unconfirmed
 from service.store import Store, key
+from tests.running import ROOT
 from tests.service.nodes import Member, begin_moving, end_moving, eventually, home, members, move, replicates
 from tests.service.test_store import entry, made, on, runs, steps_of
 
@@ -261,7 +263,7 @@ def test_nodes_that_send_each_other_the_command_are_not_followed_for_ever(ring: 
 
 
 def test_what_may_have_been_received_is_not_sent_again(ring: list[Member]) -> None:
-    """A node is stopped while commands are on their way, and goes on when they were given up: it executes them, once."""
+    """A node is stopped while commands are on their way, and goes on once they were given up: each is executed once."""
     member = ring[1]
     names = keys_of(member, ring, MANY)
     (elsewhere,) = keys_of(ring[2], ring, 1)
@@ -391,3 +393,36 @@ def test_no_cluster_is_the_store_that_is_away(tmp_path: Path) -> None:
             await link.servers()
 
     over(nodes[0].url, scenario)
+
+
+# -- a cluster that asks who it is -------------------------------------------------------------------------------------
+
+
+def test_the_documented_rights_are_enough(tmp_path: Path) -> None:
+    rules = documented(r"^ACL SETUSER ravine (.*)$").replace(">PASSWORD", ">of-the-tests").split()
+    rules += documented(r"In a cluster it needs\n`([^`]*)`").split() + documented(r"`(\+config\|get)`").split()
+    durable = ("--appendonly", "yes", "--appendfsync", "always")
+    with members(tmp_path, *durable) as nodes:
+        for node in nodes:
+            node.call("ACL", "SETUSER", "ravine", *rules)
+
+        async def scenario() -> None:
+            store = Store(nodes[0].url.replace("//", "//ravine:of-the-tests@"), asked=Asked("disk"))
+            await store.open()
+            try:
+                session, commit = await session_at(store, nodes[0], nodes)
+                await store.index.enter("default", session, [])
+                move(key_slot(key(session).encode()), nodes[0], nodes[1])
+                assert await store.append(session, commit, [entry(commit, 1)]) == "OK"
+                assert await store.link.servers()
+            finally:
+                await store.close()
+
+        runs(scenario())
+        assert [line for node in nodes for line in node.client.acl_log()] == []
+
+
+def documented(pattern: str) -> str:
+    found = re.search(pattern, (ROOT / "docs" / "security.md").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1]
