@@ -21,14 +21,16 @@ from tests.service.test_store import entry, made, on, runs, steps_of
 
 NAME = "ravine:tests"
 MANY = 90
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 LISTED = "ravine:sessions"
 
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Member]]:
     """Three nodes that share the slots, with a log each, and a fourth that has none."""
-    durable = ("--appendonly", "yes", "--appendfsync", "always")
-    with members(tmp_path_factory.mktemp("ring"), *durable, spare=1) as found:
+    # Otherwise a node whose last slot goes becomes a replica of the one that got it.
+    staying = ("--cluster-allow-replica-migration", "no")
+    with members(tmp_path_factory.mktemp("ring"), *DURABLE, *staying, spare=1) as found:
         yield found
 
 
@@ -149,13 +151,13 @@ def test_who_goes_away_leaves_no_reply_behind(ring: list[Member]) -> None:
             assert await asyncio.gather(*calls[1::2]) == [name.encode() for name in names[1::2]]
             assert await link.call("GET", names[0]) == names[0].encode()
             if turns == 1:  # from here on there is one that is sent on, and that nobody waits for
-                move(slot, ring[0], ring[1])
+                move(slot, ring[0], ring[1], ring)
 
     try:
         over(ring[0].url, scenario)
     finally:
         if ring[1].call("CLUSTER", "COUNTKEYSINSLOT", slot):
-            move(slot, ring[1], ring[0])
+            move(slot, ring[1], ring[0], ring)
 
 
 # -- slots that move ---------------------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def test_a_slot_that_was_moved_is_followed(ring: list[Member]) -> None:
         slot = key_slot(key(session).encode())
         items = [entry(commit, 1)]
         for here, there in ((source, target), (target, source)):
-            move(slot, here, there)
+            move(slot, here, there, ring)
             seen = [await store.commit_of(session), *[head.commit for head in await store.heads([session])]]  # type: ignore[union-attr]
             assert set(seen) == {commit}
             assert await store.append(session, commit, [items[-1]]) == "OK"
@@ -187,7 +189,7 @@ def test_many_commands_are_sent_on_together(ring: list[Member]) -> None:
 
     async def scenario(link: ClusterLink) -> None:
         await asyncio.gather(*[link.call("SET", counter, 0) for counter in counters])
-        move(slot, ring[0], ring[2])
+        move(slot, ring[0], ring[2], ring)
         replies = [link.call("INCR", counter, durable=i % 2 == 0) for i, counter in enumerate(counters)]
         assert await asyncio.gather(*replies) == [1] * MANY
         assert await asyncio.gather(*[link.call("GET", counter) for counter in counters]) == [b"1"] * MANY
@@ -195,7 +197,7 @@ def test_many_commands_are_sent_on_together(ring: list[Member]) -> None:
     try:
         over(ring[0].url, scenario, barrier=Barrier(Asked("disk"), waitaof=True))
     finally:
-        move(slot, ring[2], ring[0])
+        move(slot, ring[2], ring[0], ring)
 
 
 def test_a_slot_on_its_way_to_a_node_that_is_new(ring: list[Member]) -> None:
@@ -210,13 +212,13 @@ def test_a_slot_on_its_way_to_a_node_that_is_new(ring: list[Member]) -> None:
         with pytest.raises(StoreUnavailable):  # some of its keys are not there yet, on either side
             await store.append(session, commit, [item])
         assert await store.commit_of(session) == commit
-        end_moving(slot, ring[0], ring[3])
+        end_moving(slot, ring[0], ring[3], ring)
         assert await settles(lambda: store.append(session, commit, [item])) == "OK"
         assert await steps_of(store, session) == [1]
         assert ring[3].call("CLUSTER", "COUNTKEYSINSLOT", slot) > 0
 
         # And the node goes again.
-        move(slot, ring[3], ring[0])
+        move(slot, ring[3], ring[0], ring)
         assert await settles(lambda: store.commit_of(session)) == item.commit
 
     on(ring[1].url, scenario)
@@ -233,14 +235,14 @@ def test_a_write_that_must_be_safe_goes_where_the_slot_is_going(ring: list[Membe
         names = [f"under way {number}" for number in range(5)]
         assert await asyncio.gather(*[link.call("ZADD", LISTED, 0, name, durable=True) for name in names]) == [1] * 5
         assert ring[3].calls("waitaof") > before
-        end_moving(slot, source, ring[3])
+        end_moving(slot, source, ring[3], ring)
         assert await link.call("ZCARD", LISTED) == 6
         assert await link.call("DEL", LISTED) == 1
 
     try:
         over(ring[0].url, scenario, barrier=Barrier(Asked("disk"), waitaof=True))
     finally:
-        move(slot, ring[3], source)
+        move(slot, ring[3], source, ring)
 
 
 def test_nodes_that_send_each_other_the_command_are_not_followed_for_ever(ring: list[Member]) -> None:
@@ -287,8 +289,7 @@ def test_what_may_have_been_received_is_not_sent_again(ring: list[Member]) -> No
 
 
 def test_a_dead_node_takes_nobody_along_and_comes_back(tmp_path: Path) -> None:
-    partly = ("--cluster-require-full-coverage", "no", "--appendonly", "yes", "--appendfsync", "always")
-    with members(tmp_path, *partly) as nodes:
+    with members(tmp_path, *DURABLE, "--cluster-require-full-coverage", "no") as nodes:
 
         async def scenario(store: Store) -> None:
             here, there = [await session_at(store, member, nodes) for member in nodes[1:]]
@@ -401,8 +402,7 @@ def test_no_cluster_is_the_store_that_is_away(tmp_path: Path) -> None:
 def test_the_documented_rights_are_enough(tmp_path: Path) -> None:
     rules = documented(r"^ACL SETUSER ravine (.*)$").replace(">PASSWORD", ">of-the-tests").split()
     rules += documented(r"In a cluster it needs\n`([^`]*)`").split() + documented(r"`(\+config\|get)`").split()
-    durable = ("--appendonly", "yes", "--appendfsync", "always")
-    with members(tmp_path, *durable) as nodes:
+    with members(tmp_path, *DURABLE) as nodes:
         for node in nodes:
             node.call("ACL", "SETUSER", "ravine", *rules)
 
@@ -412,7 +412,7 @@ def test_the_documented_rights_are_enough(tmp_path: Path) -> None:
             try:
                 session, commit = await session_at(store, nodes[0], nodes)
                 await store.index.enter("default", session, [])
-                move(key_slot(key(session).encode()), nodes[0], nodes[1])
+                move(key_slot(key(session).encode()), nodes[0], nodes[1], nodes)
                 assert await store.append(session, commit, [entry(commit, 1)]) == "OK"
                 assert await store.link.servers()
             finally:
