@@ -105,9 +105,10 @@ def cluster(directory: Path) -> Iterator[str]:
 
 
 def replicates(replica: Member, primary: Member) -> None:
-    """Makes a spare node a replica that has all."""
+    """Makes a spare node a replica that has all, and that its primary knows of."""
     eventually(lambda: replica.call("CLUSTER", "REPLICATE", primary.id))
     eventually(lambda: replica.client.info("replication").get("master_link_status") == "up")
+    eventually(lambda: primary.call("CLUSTER", "REPLICAS", primary.id))
 
 
 def begin_moving(slot: int, source: Member, target: Member) -> None:
