@@ -72,8 +72,8 @@ PARTS = (
     Part(
         "store",
         (
-            "service/store.py", "service/link.py", "service/index.py", "service/heads.py", "service/acks.py",
-            "service/bell.py", "service/valkey.py", "service/embedded.py", "redis/", "hiredis/",
+            "service/store.py", "service/link.py", "service/cluster.py", "service/index.py", "service/heads.py",
+            "service/acks.py", "service/bell.py", "service/valkey.py", "service/embedded.py", "redis/", "hiredis/",
         ),
     ),
     Part("applying", ("Committer._apply", "Committer.compute", "core/", "service/recycling.py")),

@@ -134,7 +134,7 @@ def workers(directory: Path, seconds: int) -> Figures:
 
 
 def cluster(directory: Path, seconds: int) -> Figures:
-    """The same steps where the store is a cluster: each command goes by redis-py, and none share a turn."""
+    """The same steps where the store is a cluster: a turn has a pipeline for each node."""
     found: Figures = {}
     for count in NODES:
         with clustered(directory / str(count), count) as site:

@@ -249,6 +249,7 @@ class ClusterLink:
         if self._looking is not None:
             self._looking.cancel()
             await asyncio.wait((self._looking,))
+        self._send_early()  # a look that never began has answered nobody
         await asyncio.gather(*[link.close() for link in self._nodes.values()])
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=self._timeout)
