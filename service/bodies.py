@@ -6,6 +6,8 @@ end would hold it twice. A body that comes in one piece is taken as it is, and c
 What is announced is not believed before a part of it has come. NumPy asks for huge pages for its large arrays, so that
 the first byte written into one takes 2 MiB: a thousand clients that announce a gigabyte and send a byte would take two.
 So the buffer is made once `FIRM` bytes are there, and from then on the count goes by huge pages, as the kernel's does.
+Memory that was in use before (recycling.py) takes nothing more, whoever is given it: there SMALL bytes are enough. Of
+that there is no more than a quarter of what bodies may take.
 
 The pace: a client may stand still for GRACE seconds in all, and what has come by then must have come at SLOWEST
 bytes a second. It is looked at as the bytes come, not at the end: a body of a gigabyte that comes at a byte a second is
@@ -182,11 +184,14 @@ async def _fill(length: int, pieces: Pieces) -> Body:
     """A body whose length is known, in one buffer of that size, which is not cleared before it is overwritten."""
     first: bytes | bytearray = pieces.begun
     pieces.begun = b""
-    if length > FIRM:
+    room = _again(length, pieces)
+    if length > FIRM and room is None:
         first = bytearray(first)
-        while pieces.more and pieces.size < FIRM:
+        while pieces.more and pieces.size < FIRM and room is None:
             first += await pieces.next()
-    room = _room(length, pieces)
+            room = _again(length, pieces)
+    if room is None:
+        room = fresh(length)
     view = room.data
     end = len(first)
     view[:end] = first
@@ -215,10 +220,10 @@ async def _take_in(pieces: Pieces, intake: Intake) -> None:
         intake.end()
 
 
-def _room(length: int, pieces: Pieces) -> Array:
+def _again(length: int, pieces: Pieces) -> Array | None:
     """What was in use before takes all of its memory from now on, whatever comes: it is counted now, or not taken."""
-    again = blocks.again(length)
-    return again if again is not None and pieces.claim_all(length) else fresh(length)
+    again = blocks.again(length) if pieces.size >= SMALL else None
+    return again if again is not None and pieces.claim_all(length) else None
 
 
 async def _grow(pieces: Pieces) -> bytearray:
