@@ -11,6 +11,8 @@ import numpy as np
 from core.layout import Array
 
 BLOCK = 16_384
+# So many blocks go through NumPy at once: a thread lets go of the interpreter, and waits for it, with each call.
+AT_ONCE = 2 * BLOCK
 # A norm below it has lost digits, since squares as small have.
 LEAST = 1e-140
 
@@ -37,7 +39,7 @@ def length(arrays: Sequence[Array]) -> float:
 
 def magnitude(array: Array) -> float:
     """The sum of the absolute values of a flat array."""
-    return _sum(array, np.abs)
+    return _sum(array, _absolute)
 
 
 def dot(a: Array, b: Array) -> float:
@@ -49,13 +51,26 @@ def dot(a: Array, b: Array) -> float:
     return found
 
 
-def _square(block: Array) -> Array:
-    squares: Array = block * block
+def _square(block: Array, out: Array | None) -> Array:
+    squares: Array = np.multiply(block, block, out=out)
     return squares
 
 
-def _sum(array: Array, of: Callable[[Array], Array]) -> float:
+def _absolute(block: Array, out: Array | None) -> Array:
+    found: Array = np.abs(block, out=out)
+    return found
+
+
+def _sum(array: Array, of: Callable[[Array, Array | None], Array]) -> float:
     found = 0.0
-    for start in range(0, array.size, BLOCK):
-        found += float(np.add.reduce(of(array[start : start + BLOCK].astype(np.float64, copy=False))))
+    for start in range(0, array.size, AT_ONCE):
+        part = array[start : start + AT_ONCE]
+        wide = part.astype(np.float64, copy=False)
+        terms = of(wide, None if wide is part else wide)
+        whole = terms.size - terms.size % BLOCK
+        if whole:
+            for each in np.add.reduce(terms[:whole].reshape(-1, BLOCK), axis=1).tolist():
+                found += each
+        if whole < terms.size:
+            found += float(np.add.reduce(terms[whole:]))
     return found
