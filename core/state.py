@@ -1,6 +1,6 @@
 """Where a session stands: its arrays, how they begin, and how they are named in a file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +13,9 @@ from core.bounds import check_number
 from core.errors import InvalidRecipe, InvalidState
 from core.layout import BF16, Array
 from core.recipe import Recipe
+
+# What stands for the parameters among the names of slots.
+PARAMS = ""
 
 
 @dataclass(slots=True)
@@ -170,21 +173,28 @@ def state_of(
     tensors: Mapping[str, Array],
     moves: int | None = None,
     workers: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    adopt: bool = False,
 ) -> State:
     """The state that `tensors_of` and `workers_of` named, in arrays of its own; `moves` are as many as steps if left
     out. At step 0 a slot may be left out: it is then as it is before the first step. Raises InvalidState.
+
+    `adopt`: the tensors are nobody else's. Those of a slot that have one array to themselves, in which they lie one
+    after the other, are not copied: the state takes that array.
     """
     tensors, shared = _parted(tensors)
     moves = step if moves is None else moves
     if not 0 <= moves <= step:
         raise InvalidState(f"{moves} updates cannot have come of {step} gradients")
-    state = State(step, None, initial_slots(recipe), initial_own(recipe), moves)
+    taken = _adopted(recipe, tensors) if adopt else {}
+    state = State(step, None, initial_slots(recipe, keep=taken), initial_own(recipe), moves)
     homes: dict[str, Array] = dict(state.own)
     for slot, flat in state.slots.items():
         homes.update({f"{name}:{slot}": view for name, view in recipe.layout.views(flat).items()})
     if any(name in tensors for name in recipe.layout.names):
-        state.params = np.empty(recipe.layout.size, recipe.numpy_dtype)
+        state.params = taken[PARAMS] if PARAMS in taken else np.empty(recipe.layout.size, recipe.numpy_dtype)
         homes.update(recipe.layout.views(state.params))
+    in_place = {_name(tensor, slot) for slot in taken for tensor in recipe.layout.names}
     for name, home in homes.items():
         found = tensors.get(name)
         if found is None:
@@ -193,13 +203,43 @@ def state_of(
             raise InvalidState(f"the state has no tensor {name!r}")
         if found.dtype != home.dtype or found.shape != home.shape:
             raise InvalidState(f"{name!r} is {found.dtype} {list(found.shape)}, not {home.dtype} {list(home.shape)}")
-        home[...] = found
+        if name not in in_place:
+            home[...] = found
     _check_own(recipe, state.own)
     _read_workers(recipe, state, shared, workers)
     unknown = sorted(set(tensors) - set(homes))
     if unknown:
         raise InvalidState(f"the state has a tensor {unknown[0]!r} that the recipe does not know")
     return state
+
+
+def _adopted(recipe: Recipe, tensors: Mapping[str, Array]) -> dict[str, Array]:
+    """By slot, and PARAMS, the flat arrays (n,) that are filled by the tensors as they lie there."""
+    found: dict[str, Array] = {}
+    for name in (PARAMS, *recipe.slots):
+        dtype = recipe.dtype_of(name)
+        parts = [tensors.get(_name(tensor, name)) for tensor in recipe.layout.names]
+        flat = _flat([part for part in parts if part is not None and part.dtype == dtype])
+        if flat is not None and flat.nbytes == recipe.layout.size * dtype.itemsize:
+            found[name] = flat.view(dtype)
+    return found
+
+
+def _name(tensor: str, slot: str) -> str:
+    return tensor if slot == PARAMS else f"{tensor}:{slot}"
+
+
+def _flat(parts: Sequence[Array]) -> Array | None:
+    """The bytes of `parts`, which one after the other are all of an array; None where they are not."""
+    whole = parts[0].base if parts else None
+    if not isinstance(whole, np.ndarray) or not whole.flags.writeable or not whole.flags.c_contiguous:
+        return None
+    start = at = whole.ctypes.data
+    for part in parts:
+        if part.base is not whole or part.ctypes.data != at or not part.flags.c_contiguous:
+            return None
+        at += part.nbytes
+    return whole.reshape(-1).view(np.uint8) if at == start + whole.nbytes else None
 
 
 def _parted(tensors: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import structlog
 from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import Connection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.cluster import get_node_name
@@ -219,6 +220,10 @@ class ClusterLink:
         spawn(self._tasks, link.close())
         for request in link.withdraw():
             self._route(request)
+
+    async def dial(self, key: str) -> Connection:
+        await self.ready()
+        return await self._link_to(self._owner(key)).dialled()
 
     # All nodes
 

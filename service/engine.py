@@ -40,8 +40,9 @@ from service.errors import (
 from service.ids import checked_id, new_id
 from service.index import DEFAULT_TENANT
 from service.live import DocumentReader, DocumentWriter, Live
+from service.loading import Loader
 from service.objects import record_of, session_object
-from service.records import Head, Stored
+from service.records import Head
 from service.residents import Residents
 from service.snapshots import Snapshots
 from service.store import Store
@@ -81,7 +82,8 @@ class Engine:
         self._max_state = max_state
         self._tasks: set[asyncio.Task[Any]] = set()
         self._tenants = Tenants(store, quota, self._spawn)
-        self._residents = Residents(store, budget, self._spawn, self._revive, self._leaving, self._entered)
+        loader = Loader(store, self._compute, read_document, evaluator)
+        self._residents = Residents(store, budget, self._spawn, loader, self._leaving, self._entered)
         self._live, self._heads = self._residents.live, self._residents.heads
         self._deadlines = Deadlines(store.index, self.close_round)
         self._committer = Committer(store, self._deadlines, read_document, self._heads, self._residents.read)
@@ -484,8 +486,8 @@ class Engine:
         live.queue.clear()
         live.taken.clear()
 
-    async def _revive(self, id_: str, stored: Stored, large: bool) -> Live:
-        return await self._committer.compute(large, files.revive, id_, stored, self._read_document, self.evaluator)
+    async def _compute(self, threaded: bool, function: Callable[..., T], *arguments: Any) -> T:
+        return await self._committer.compute(threaded, function, *arguments)
 
     def _leaving(self, live: Live) -> None:
         if len(live.log) >= WORTH_A_SNAPSHOT:

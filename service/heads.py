@@ -55,7 +55,7 @@ from redis.exceptions import RedisError
 
 from service.errors import Corrupt, ServiceError, SessionNotFound, StateLost, StoreFull, StoreUnavailable, UnknownFormat
 from service.live import Live
-from service.records import Head, Known, Stored, Tail, state_lost
+from service.records import Head, Known, Looked, Tail, state_lost
 from service.store import Store
 
 log = structlog.get_logger("ravine.heads")
@@ -152,7 +152,7 @@ class Heads:
             raise state_lost(id_, head)
         return head
 
-    async def settle(self, id_: str, known: Known | None, found: Tail | Stored) -> bool:
+    async def settle(self, id_: str, known: Known | None, found: Tail | Looked) -> bool:
         """Whether one may go on from what was `found`, when it was asked about the place that is `known`. False: it was
         changed just now, look again.
 

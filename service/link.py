@@ -97,6 +97,10 @@ class Link(Protocol):
 
     def call(self, *command: Argument, alone: bool = False, durable: bool = False) -> "asyncio.Future[Any]": ...
 
+    async def dial(self, key: str) -> Connection:
+        """A connection to where `key` is, for the caller alone, who closes it. Raises StoreUnavailable."""
+        ...
+
     async def places(self) -> list[str]:
         """Names of keys, one on each server that takes writes."""
         ...
@@ -289,6 +293,18 @@ class ServerLink:
         for connection in (broken, *idle):
             await connection.disconnect(nowait=True)
 
+    async def dialled(self) -> Connection:
+        """As Link.dial, to this server."""
+        connection = self._connect()
+        try:
+            async with asyncio.timeout(self._timeout):
+                await connection.connect()  # type: ignore[no-untyped-call]
+        except (RedisError, OSError, TimeoutError, RuntimeError) as error:
+            await connection.disconnect(nowait=True)
+            self.broken_off()
+            raise StoreUnavailable(f"the store does not answer: {error}") from None
+        return connection
+
     def withdraw(self) -> list[Request]:
         """What was not sent yet, and now will not be."""
         heavy, self._heavy = self._heavy, deque()
@@ -322,6 +338,9 @@ class SingleLink(ServerLink):
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.send(Request(command, reply, alone=alone, durable=durable))
         return reply
+
+    async def dial(self, key: str) -> Connection:  # noqa: ARG002 - all are here
+        return await self.dialled()
 
     async def places(self) -> list[str]:
         return [PLACE]

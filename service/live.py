@@ -26,7 +26,7 @@ from service.documents import Document, Point, Stamp
 from service.errors import Corrupt, Fault, InvalidRequest, Superseded, UnknownFormat
 from service.ids import new_commit
 from service.records import FORMAT as STORED
-from service.records import Head, LogEntry, Pieces, Stored
+from service.records import Head, LogEntry, Pieces
 from service.wire import safetensors
 from service.wire.json import MAX_INTEGER
 
@@ -409,10 +409,11 @@ class Told(NamedTuple):
     moves: int
     workers: dict[str, Any]
 
-    def session(self, tensors: Mapping[str, Array], evaluator: Evaluator) -> Session:
-        """Raises InvalidState."""
+    def session(self, tensors: Mapping[str, Array], evaluator: Evaluator, *, adopt: bool = False) -> Session:
+        """`adopt`: it may take the arrays as they are. Raises InvalidState."""
         recipe = self.document.recipe
-        return Session(recipe, state_of(recipe, self.step, tensors, self.moves, self.workers), evaluator)
+        state = state_of(recipe, self.step, tensors, self.moves, self.workers, adopt=adopt)
+        return Session(recipe, state, evaluator)
 
 
 def told(text: Mapping[str, str], created_at: str, read_document: DocumentReader) -> Told:
@@ -432,45 +433,38 @@ def told(text: Mapping[str, str], created_at: str, read_document: DocumentReader
     return Told(read_document(described | {"created_at": created_at}), step, moves, workers)
 
 
-def restored(
-    tensors: Mapping[str, Array],
-    text: Mapping[str, str],
-    created_at: str,
-    read_document: DocumentReader,
-    evaluator: Evaluator,
-) -> tuple[Session, Document]:
-    """A session from a checkpoint's tensors and text. Raises InvalidState and what `read_document` raises."""
-    known = told(text, created_at, read_document)
-    return known.session(tensors, evaluator), known.document
-
-
 def _count(text: str) -> int:
     return int(text) if _STEP.fullmatch(text) else -1
 
 
-def revive(id_: str, stored: Stored, read_document: DocumentReader, evaluator: Evaluator) -> Live:
-    """A session as the store has it. Raises Corrupt, UnknownFormat."""
-    text, head = stored.metadata, stored.head
+def revive(
+    id_: str,
+    head: Head,
+    text: Mapping[str, str],
+    tensors: dict[str, Array],
+    read_document: DocumentReader,
+    evaluator: Evaluator,
+) -> Live:
+    """A session as its snapshot has it, from where its log leads to `head`. Raises Corrupt, UnknownFormat.
+
+    It takes the arrays of `tensors`, and leaves none there: nobody else is to hold what the first step replaces.
+    """
     if text.get("ravine", FORMAT) != FORMAT:
         raise UnknownFormat("the snapshot", text["ravine"], [FORMAT])
-    tensors = {name: array for name, array in stored.tensors.items() if not name.startswith(":update:")}
+    named = {name: tensors.pop(name) for name in list(tensors) if not name.startswith(":update:")}
     try:
-        created_at = orjson.loads(head.document)["created_at"]
-        session, document = restored(tensors, text, created_at, read_document, evaluator)
+        known = told(text, orjson.loads(head.document)["created_at"], read_document)
+        session = known.session(named, evaluator, adopt=True)
         keys = orjson.loads(text.get("keys", "[]"))
         workers = orjson.loads(text.get("kept", "[]"))
         mark = text.get("mark", text["commit"])
         here = replace(head, commit=text["commit"], mark=mark, seq=int(text["seq"]))
-        live = Live(id_, session, document, here)
+        live = Live(id_, session, known.document, here)
         live.closed = Closed(*orjson.loads(text["closed"])) if "closed" in text else None
         live.asked = "asked" in text
         live.done.update((key, Done(*done)) for key, *done in keys)
         for i, (worker, step) in enumerate(workers):
-            live.kept[worker] = Kept(step, stored.tensors[f":update:{i}"].copy())
+            live.kept[worker] = Kept(step, tensors.pop(f":update:{i}").copy())
     except (CoreError, KeyError, ValueError, TypeError) as error:
         raise Corrupt(f"the snapshot of {id_} cannot be read: {error}") from None
-    for entry in stored.entries:
-        replay(live, entry, read_document)
-    if live.head.commit != head.commit:
-        raise Corrupt(f"the log of {id_} ends at {live.head.commit!r}, the head is {head.commit!r}")
     return live

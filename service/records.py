@@ -32,6 +32,8 @@ INLINE = 64 * 1024
 # The store writes one chunk to its log while the next is sent, and finds memory for it where the last one was. 40 MB in
 # 40 chunks took three quarters of the time that they took in ten; smaller chunks gained nothing more.
 CHUNK = 1024 * 1024
+# What names a payload has no tensors, and a key and a worker's name at most: it is no longer than this.
+_REFERENCE = 4096
 
 Pieces = Sequence[bytes | memoryview]
 
@@ -158,6 +160,14 @@ class Tail(NamedTuple):
     on_line: bool
 
 
+class Looked(NamedTuple):
+    """As Tail, with the elements of the log as they lie there: an entry each, or where the rest of it is."""
+
+    head: Head
+    elements: list[bytes] | None
+    on_line: bool
+
+
 class Stored(NamedTuple):
     """All of a session: the snapshot's file and the entries since."""
 
@@ -180,6 +190,26 @@ def element_of(item: LogItem) -> bytes:
     element = b"".join(safetensors.write(item.tensors, item.metadata))
     item.size = len(element)
     return element
+
+
+def payload_of(metadata: Mapping[str, str]) -> tuple[int, int, str] | None:
+    """Chunks, bytes and checksum of the payload that an element of the log names; None: it has none. Raises Corrupt."""
+    text = metadata.get("payload")
+    if text is None:
+        return None
+    try:
+        count, length, checksum = text.split(" ")
+        return int(count), int(length), checksum
+    except ValueError:
+        raise Corrupt(f"an entry of the log names the payload {text!r}") from None
+
+
+def weight_of(element: bytes) -> int:
+    """Bytes of the entry that an element of the log is or names. Raises Corrupt."""
+    if len(element) > _REFERENCE or b'"payload"' not in element:  # thousands may be looked at
+        return len(element)
+    payload = payload_of(parse(element)[1])
+    return len(element) + (0 if payload is None else payload[1])
 
 
 def commit_mark(commit: str) -> str:
@@ -319,6 +349,14 @@ def assemble(replies: Sequence[bytes], length: int, checksum: str, name: str) ->
             joined[at : at + len(reply)] = reply
             at += len(reply)
         data = joined
-    if xxhash.xxh3_64_hexdigest(data) != checksum:
-        raise Corrupt(f"{name}: the checksum does not agree")
+    checked([data], checksum, name)
     return data
+
+
+def checked(pieces: Iterable[bytes | memoryview], checksum: str, name: str) -> None:
+    """Raises Corrupt where the bytes of `pieces`, one after the other, are not those that were put there."""
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    if digest.hexdigest() != checksum:
+        raise Corrupt(f"{name}: the checksum does not agree")

@@ -1,23 +1,18 @@
 """The sessions in memory: each is loaded once, and those that were longest not in use make room for others."""
 
 import asyncio
-import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
-import structlog
-
 from service.errors import SessionNotFound, StoreUnavailable
 from service.heads import TRIES, Heads
-from service.live import THREADED, Live
-from service.records import Known, Stored
+from service.live import Live
+from service.loading import Loader
+from service.records import Known, Looked
 from service.store import Store
-
-log = structlog.get_logger("ravine.engine")
-
-LARGE = 64 * 1024 * 1024
 
 
 class Spawn(Protocol):
@@ -27,9 +22,8 @@ class Spawn(Protocol):
 
 
 class Residents:
-    """They may take `budget` bytes together, with what is remembered of those that left. `revive(id, stored, large)`
-    makes a session of what the store has of it; `leaving` is called of one that has to make room, `entered` of one that
-    came in.
+    """They may take `budget` bytes together, with what is remembered of those that left. `leaving` is called of one
+    that has to make room, `entered` of one that came in.
     """
 
     def __init__(
@@ -37,14 +31,14 @@ class Residents:
         store: Store,
         budget: int,
         spawn: Spawn,
-        revive: Callable[[str, Stored, bool], Awaitable[Live]],
+        loader: Loader,
         leaving: Callable[[Live], None],
         entered: Callable[[Live], None],
     ) -> None:
         self._store = store
         self._budget = budget
         self._spawn = spawn
-        self._revive = revive
+        self._loader = loader
         self._leaving = leaving
         self._entered = entered
         self.live: OrderedDict[str, Live] = OrderedDict()
@@ -76,24 +70,17 @@ class Residents:
 
     async def read(self, id_: str, known: Known | None) -> Live:
         """The session as the store has it, compared with where it was last `known` to stand."""
-        started = time.monotonic()
-        head = await self.heads.head(id_)
-        if head.length > LARGE:
-            log.info("loading session", session=id_, megabytes=round(head.length / 1e6))
-        stored = await self._settled(id_, known)
-        live = await self._revive(id_, stored, stored.head.length >= THREADED)
+        live = await self._loader.load(id_, partial(self._settled, id_, known))
         live.learn(0 if known is None else known.epoch)
-        if stored.head.length > LARGE:
-            log.info("session loaded", session=id_, seconds=round(time.monotonic() - started, 2))
         return live
 
-    async def _settled(self, id_: str, known: Known | None) -> Stored:
+    async def _settled(self, id_: str, known: Known | None) -> Looked:
         for _ in range(TRIES):
-            stored = await self._store.load(id_, known)
-            if stored is None:
+            looked = await self._store.reader.look(id_, -1, known)
+            if looked is None or looked.elements is None:
                 raise SessionNotFound(id_)
-            if await self.heads.settle(id_, known, stored):
-                return stored
+            if await self.heads.settle(id_, known, looked):
+                return looked
         raise StoreUnavailable("the session changes faster than it can be read")
 
     def account(self, live: Live) -> None:

@@ -1,8 +1,9 @@
 """Snapshots: when the log of a session outweighs its state threefold, the state is written anew and the log is cut.
 
-Two bounds are for who reads it again. All that a log weighs is in the memory of whoever loads the session, beside the
-state, so it may weigh no more than SPARE beyond the state. And each entry is replayed, however few bytes it has: three
-times a state of 51 MB are 380,000 row-sparse entries, or 25 minutes at 4 ms each. So there are ENTRIES at most.
+Two bounds are for who reads it again. All that a log weighs is read by whoever loads the session, and lies in the store
+beside the state, so it may weigh no more than SPARE beyond the state. And each entry is replayed, however few bytes it
+has: three times a state of 51 MB are 380,000 row-sparse entries, or 25 minutes at 4 ms each. So there are ENTRIES at
+most.
 """
 
 import asyncio

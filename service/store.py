@@ -38,21 +38,18 @@ from service.cluster import ClusterLink
 from service.errors import Corrupt, StoreFull, StoreUnavailable, Unconfirmed, UnknownFormat
 from service.failpoints import Failpoints
 from service.index import DEADLINES, DEFAULT_TENANT, Index
-from service.link import HEAVY, Argument, Link, SingleLink, tried
+from service.link import Argument, Link, SingleLink, tried
 from service.meters import StoreMeters
+from service.reading import Reader, Values
 from service.records import (
     INLINE,
-    CutMeanwhile,
     Head,
     Known,
-    LogEntry,
     LogItem,
     Pieces,
     Staged,
     Stored,
     Tail,
-    again,
-    assemble,
     chunks_of,
     commit_mark,
     count_of,
@@ -61,8 +58,6 @@ from service.records import (
     head_of,
     lost_text,
     message_of,
-    parent_mark,
-    parse,
     readable,
     state_lost,
 )
@@ -102,6 +97,8 @@ class Store:
         self._scripts: dict[str, tuple[str, str]] = {}  # name -> (sha, text)
         self.pubsub_client: Any = None
         self.meters = StoreMeters()
+        values = Values(self._read, lambda name: self.link.dial(name), self._retimed)
+        self.reader = Reader(key, self._load, values)
         self.index = Index(lambda *command, durable: self.link.call(*command, durable=durable), self._read)
         self.keyring = Keyring(lambda *command: self.link.call(*command, durable=True), self._read)
 
@@ -169,6 +166,12 @@ class Store:
 
     async def _read(self, *command: Argument, alone: bool = False) -> Any:
         return await self._patiently(lambda: self._timed("read", self.link.call(*command, alone=alone)))
+
+    async def _load(self, keys: Sequence[str], arguments: Sequence[Argument], *, alone: bool) -> Any:
+        return await self._patiently(lambda: self._script("load", keys, arguments, alone=alone))
+
+    async def _retimed(self, attempt: Callable[[], Awaitable[Any]]) -> Any:
+        return await self._patiently(lambda: self._timed("read", attempt()))
 
     async def _timed(self, call: str, reply: Awaitable[Any]) -> Any:
         started = perf_counter()
@@ -431,57 +434,11 @@ class Store:
 
         Of a place that is `known` it says whether it is on the session's line: not if the store went back.
         """
-        keys = [key(session, part) for part in ("head", "log", "trail")]
-        place: list[Argument] = ["", "", ""] if known is None else [known.seq, known.commit, parent_mark(known.commit)]
-        missed = ""
-        while True:
-            reply = await self._patiently(lambda: self._script("load", keys, [after, *place], alone=after >= -1))
-            head = head_of(reply[0]) if reply else None
-            if head is None:
-                return None
-            on_line = reply[1] == b"on"
-            if len(reply) == 2:
-                return Tail(head, None, on_line)
-            try:
-                return Tail(head, [await self._entry(session, element) for element in reply[2]], on_line)
-            except CutMeanwhile as missing:
-                missed = again(missing, head, missed)
+        return await self.reader.tail(session, after, known)
 
-    async def load(self, session: str, known: Known | None = None) -> Stored | None:
-        """A session's snapshot and log as of one moment; None: no such session. Raises Corrupt."""
-        missed = ""
-        while True:
-            tail = await self.tail(session, -1, known)
-            if tail is None or tail.entries is None:
-                return None
-            head = tail.head
-            names = [key(session, "s", head.snap, i) for i in range(head.chunks)]
-            try:
-                data = await self._chunks(names, head.length, head.checksum)
-            except CutMeanwhile as missing:
-                missed = again(missing, head, missed)
-                continue
-            tensors, metadata = parse(data)
-            self.meters.loads += 1
-            return Stored(head, metadata, tensors, tail.entries, tail.on_line)
-
-    async def _entry(self, session: str, element: bytes) -> LogEntry:
-        tensors, metadata = parse(element)
-        payload = metadata.get("payload")
-        if payload is None:
-            return LogEntry(metadata, tensors, len(element), 0)
-        count, length, checksum = payload.split(" ")
-        names = [key(session, "p", metadata["commit"], i) for i in range(int(count))]
-        data = await self._chunks(names, int(length), checksum)
-        tensors, _ = parse(data)
-        return LogEntry(metadata, tensors, len(element) + int(length), int(count))
-
-    async def _chunks(self, names: Sequence[str], length: int, checksum: str) -> bytes | memoryview:
-        replies = await asyncio.gather(*[self._read("GET", name, alone=length > HEAVY) for name in names])
-        for name, reply in zip(names, replies, strict=True):
-            if reply is None:
-                raise CutMeanwhile(name)
-        return assemble(replies, length, checksum, names[0])
+    async def load(self, session: str) -> Stored | None:
+        """All of a session as of one moment, however much that is; None: no such session. Raises Corrupt."""
+        return await self.reader.load(session)
 
     async def history(self, session: str, after: int, limit: int) -> list[bytes]:
         """At most `limit` lines of the steps after `after`, oldest first."""

@@ -72,11 +72,15 @@ LAYERS: dict[str, set[str]] = {
     "service.access.hosts": set(),
     "service.access.keys": {"service.access.rates", "service.access.rights", "service.errors"},
     "service.records": CORE | WIRE | {"service.errors", "service.documents", "service.index", "service.link"},
+    "service.bulk": CORE | {"service.errors", "service.records"},
+    "service.reading": CORE
+    | WIRE
+    | {"service.bulk", "service.errors", "service.link", "service.records", "service.recycling"},
     "service.store": CORE
     | WIRE
     | {"service.access.keys", "service.errors", "service.failpoints", "service.index", "service.link"}
     | {"service.acks", "service.cluster", "service.meters"}
-    | {"service.records"},
+    | {"service.reading", "service.records"},
     # What each tenant has and may have
     "service.access.script": {"service.link"},
     "service.access.usage": CORE
@@ -101,7 +105,10 @@ LAYERS: dict[str, set[str]] = {
     "service.deadlines": CORE | {"service.errors", "service.index", "service.store"},
     "service.snapshots": CORE | WIRE | {"service.errors", "service.live", "service.records", "service.store"},
     "service.heads": {"service.errors", "service.live", "service.records", "service.store"},
-    "service.residents": {"service.errors", "service.heads", "service.live", "service.records", "service.store"},
+    "service.loading": CORE | {"service.errors", "service.live", "service.records", "service.store"},
+    "service.residents": {
+        *("service.errors", "service.heads", "service.live", "service.loading", "service.records", "service.store"),
+    },
     "service.waiting": {"service.bell", "service.errors", "service.documents", "service.heads", "service.store"},
     "service.crowd": CORE | {"service.errors", "service.live", "service.privacy"},
     "service.commits": CORE
@@ -114,7 +121,7 @@ LAYERS: dict[str, set[str]] = {
     | {"service.errors", "service.documents", "service.ids", "service.index", "service.live", "service.records"}
     | {"service.objects", "service.store", "service.answers", "service.changes", "service.commits", "service.crowd"}
     | {"service.deadlines", "service.snapshots", "service.waiting", "service.tenants", "service.access.usage"}
-    | {"service.tracing", "service.residents"},
+    | {"service.tracing", "service.loading", "service.residents"},
     # What a client sees
     "service.problem_table": set(),
     "service.problems": CORE | WIRE | {"service.errors", "service.pages", "service.problem_table"},

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import json
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn
 
 import numpy as np
 import orjson
@@ -54,6 +54,9 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 # Of steps, which may be quantized.
 STEP_DTYPES: Final[dict[str, np.dtype[Any]]] = DTYPES | {"I8": np.dtype("i1")}
 
+# begin, end, name, dtype, shape: a bare tuple, since there may be 10,000 of them
+Placed = tuple[int, int, str, np.dtype[Any], list[int]]
+
 _NAMES: Final = {dtype: name for name, dtype in STEP_DTYPES.items()}
 _FIELDS: Final = {"dtype": 0, "shape": 1, "data_offsets": 2}.keys()  # ordered, and comparable as a set
 _ADDRESSES: Final = 1 << 64
@@ -70,27 +73,43 @@ def read(
     """
     start, header = _header(memoryview(buffer), bounded=bounded)
     metadata = _metadata(header.pop(METADATA, None))
-    if bounded and len(header) > MAX_TENSORS:
-        raise MalformedSafetensors(f"the file has {len(header)} tensors; {MAX_TENSORS} are the most allowed")
-    records = [_record(name, info, dtypes) for name, info in header.items()]
-    records.sort(key=_offsets)
-    available = len(buffer) - start
-    end = 0
     tensors: dict[str, Array] = {}
-    for begin, stop, name, dtype, shape in records:
-        if begin != end:
-            kind = "overlaps what is before it" if begin < end else "leaves a hole before it"
-            _refuse(name, f"begins at byte {begin} and {kind}, which ends at byte {end}")
-        if stop > available:
-            _refuse(name, f"ends at byte {stop}, but only {available} follow the header")
+    for begin, _, name, dtype, shape in _placed(header, len(buffer) - start, bounded, dtypes):
         try:
             tensors[name] = np.ndarray(shape, dtype, buffer, start + begin)
         except ValueError as error:
-            _refuse(name, f"has the shape {_shortened(shape)}, which NumPy cannot hold: {error}")
-        end = stop
-    if end != available:
-        raise MalformedSafetensors(f"the tensors end at byte {end}, but {available} follow the header")
+            _unheld(name, shape, error)
     return tensors, metadata
+
+
+class Form(NamedTuple):
+    """What a file's header says: where the tensors' bytes start, the tensors as (begin, end, name, dtype, shape) in the
+    order of their offsets, which count from there, and the metadata.
+    """
+
+    start: int
+    tensors: list[Placed]
+    metadata: dict[str, str]
+
+
+def described(
+    beginning: bytes | memoryview, size: int, *, bounded: bool = True, dtypes: Mapping[str, np.dtype[Any]] = DTYPES
+) -> Form:
+    """As `read`, of a file of `size` bytes, of which `beginning` has the header at least. Raises MalformedSafetensors,
+    but not for what NumPy cannot hold, which `array_of` does.
+    """
+    start, header = _header(memoryview(beginning), bounded=bounded)
+    metadata = _metadata(header.pop(METADATA, None))
+    return Form(start, _placed(header, size - start, bounded, dtypes), metadata)
+
+
+def array_of(tensor: Placed, buffer: Any, at: int) -> Array:
+    """A view of `buffer`, which begins at the offset `at`. Raises MalformedSafetensors."""
+    begin, _, name, dtype, shape = tensor
+    try:
+        return np.ndarray(shape, dtype, buffer, begin - at)
+    except ValueError as error:
+        _unheld(name, shape, error)
 
 
 def write(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
@@ -196,15 +215,34 @@ def _metadata(metadata: object) -> dict[str, str]:
     return metadata
 
 
+def _placed(
+    header: Mapping[str, object], available: int, bounded: bool, dtypes: Mapping[str, np.dtype[Any]]
+) -> list[Placed]:
+    """The tensors, which fill the `available` bytes without a gap."""
+    if bounded and len(header) > MAX_TENSORS:
+        raise MalformedSafetensors(f"the file has {len(header)} tensors; {MAX_TENSORS} are the most allowed")
+    records = [_record(name, info, dtypes) for name, info in header.items()]
+    records.sort(key=_offsets)
+    end = 0
+    for begin, stop, name, _, _ in records:
+        if begin != end:
+            kind = "overlaps what is before it" if begin < end else "leaves a hole before it"
+            _refuse(name, f"begins at byte {begin} and {kind}, which ends at byte {end}")
+        if stop > available:
+            _refuse(name, f"ends at byte {stop}, but only {available} follow the header")
+        end = stop
+    if end != available:
+        raise MalformedSafetensors(f"the tensors end at byte {end}, but {available} follow the header")
+    return records
+
+
 # -- a tensor's record -----------------------------------------------------------------------------------------
 
 
-# begin, end, name, dtype, shape: a bare tuple, since there may be 10,000 of them
-_Record = tuple[int, int, str, np.dtype[Any], list[int]]
 _offsets: Final = itemgetter(0, 1)
 
 
-def _record(name: str, info: Any, dtypes: Mapping[str, np.dtype[Any]]) -> _Record:
+def _record(name: str, info: Any, dtypes: Mapping[str, np.dtype[Any]]) -> Placed:
     """Check one member of the header, as far as it can be checked by itself."""
     if type(info) is list and len(info) == len(_FIELDS):
         info = dict(zip(_FIELDS, info, strict=True))
@@ -237,6 +275,10 @@ def _nbytes(name: str, shape: Any, itemsize: int) -> int:
         if size >= _ADDRESSES:
             _refuse(name, f"has the shape {_shortened(shape)}, which is beyond any memory")
     return size
+
+
+def _unheld(name: str, shape: list[int], error: ValueError) -> NoReturn:
+    _refuse(name, f"has the shape {_shortened(shape)}, which NumPy cannot hold: {error}")
 
 
 def _refuse(name: str, fault: str) -> NoReturn:

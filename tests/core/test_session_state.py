@@ -22,7 +22,7 @@ from core.optimizers.quasi_newton import Lbfgs
 from core.recipe import Group, Recipe
 from core.schedules import Linear, Plateau
 from core.session import Session
-from core.state import state_of, tensors_of
+from core.state import State, state_of, tensors_of
 from tests.core.build import assert_same_bits, assert_same_state, go, make, picture, step
 from tests.core.sessions import CLIENTS, GRADIENTS, RULES, START, as_arrays
 
@@ -251,3 +251,83 @@ def test_a_group_cannot_change_what_the_state_of_its_tensors_means() -> None:
     changed = replace(session.recipe, groups=(Group("b", {"lr_in_velocity": True}),))
     with pytest.raises(InvalidRecipe):
         session.check(NewRecipe(changed))
+
+
+# -- arrays that are taken as they are ---------------------------------------------------------------------------------
+
+
+def lain(session: Session, *, gap: int = 0, reverse: bool = False, frozen: bool = False) -> dict[str, Array]:
+    """The tensors of the state, those of a slot in one array one after the other, with `gap` bytes behind them."""
+    found: dict[str, Array] = {}
+    slots: dict[str, dict[str, Array]] = {}
+    for name, array in tensors_of(session.recipe, session.state).items():
+        slots.setdefault(name.partition(":")[2], {})[name] = array
+    for tensors in slots.values():
+        whole = np.zeros(sum(array.nbytes for array in tensors.values()) + gap, np.uint8)
+        at = 0
+        for name, array in sorted(tensors.items(), reverse=reverse):
+            found[name] = np.ndarray(array.shape, array.dtype, whole, at)
+            found[name][...] = array
+            at += array.nbytes
+        if frozen:
+            whole.flags.writeable = False
+    return found
+
+
+def adopted(ways: dict[str, Any], **options: Any) -> tuple[Session, State, dict[str, Array]]:
+    start = {"b": [1.0, 2.0], "w": [[3.0, 4.0], [5.0, 6.0]]}
+    session = make(Adam(), start, dtype="float32", **options)
+    for value in (1.0, -0.5):
+        step(session, {name: np.full(np.shape(array), value) for name, array in start.items()})
+    tensors = lain(session, **ways)
+    state = state_of(session.recipe, 2, tensors, adopt=True)
+    return session, state, tensors
+
+
+def test_arrays_that_hold_a_slot_and_nothing_else_are_taken() -> None:
+    session, state, tensors = adopted({})
+    assert_same_state(state, session.state)
+    assert state.params is not None
+    for name, flat in (("b", state.params), ("b:m", state.slots["m"]), ("w:v", state.slots["v"])):
+        assert np.shares_memory(tensors[name], flat)
+    other = Session(session.recipe, state, Evaluator())
+    for each in (session, other):
+        step(each, {"b": np.ones(2), "w": np.ones((2, 2))})
+    assert picture(session) == picture(other)
+
+
+@pytest.mark.parametrize("ways", [{"gap": 4}, {"reverse": True}])
+def test_others_are_copied(ways: dict[str, Any]) -> None:
+    session, state, tensors = adopted(ways)
+    assert_same_state(state, session.state)
+    assert not any(np.shares_memory(array, flat) for array in tensors.values() for flat in state.slots.values())
+
+
+def test_what_cannot_be_written_is_copied() -> None:
+    session, state, _ = adopted({"frozen": True})
+    assert_same_state(state, session.state)
+    assert all(flat.flags.writeable for flat in state.slots.values())
+
+
+def test_nothing_is_taken_of_who_does_not_say_so() -> None:
+    session, _, tensors = adopted({})
+    state = state_of(session.recipe, 2, tensors)
+    assert not any(np.shares_memory(array, flat) for array in tensors.values() for flat in state.slots.values())
+
+
+@pytest.mark.parametrize(("name", "shape"), [("b:m", (1, 2)), ("w:m", (4,))])
+def test_what_is_taken_must_fit_all_the_same(name: str, shape: tuple[int, ...]) -> None:
+    session, _, tensors = adopted({})
+    tensors[name] = np.ndarray(
+        shape, np.float32, tensors[name].base, tensors[name].ctypes.data - tensors["b:m"].ctypes.data
+    )
+    with pytest.raises(InvalidState, match=name):
+        state_of(session.recipe, 2, tensors, adopt=True)
+
+
+def test_slots_in_bfloat16_are_taken_as_well() -> None:
+    session, state, tensors = adopted({}, state_dtype="bfloat16")
+    assert np.shares_memory(tensors["b:m"], state.slots["m"])
+    assert {name: array.tobytes() for name, array in tensors_of(session.recipe, state).items()} == {
+        name: array.tobytes() for name, array in tensors.items()
+    }

@@ -6,19 +6,23 @@ The rules of the store's user are those of docs/security.md, taken from there.
 import asyncio
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 import redis
 import safetensors.numpy
+import uvloop
 
 from service.errors import StoreUnavailable
+from service.reading import BULK, Values
 from service.store import Store
 from tests.certificates import Authority
 from tests.running import ROOT, ravine, redis_binary, redis_server, serving, valkey_binary
+from tests.service.test_store import made
 from tests.wire import SAFETENSORS, create
 
 PASSWORD = "a-password-of-the-tests"
@@ -147,7 +151,27 @@ def test_a_wrong_password_is_told_as_such(store: redis.Redis) -> None:
 
 
 @pytest.mark.skipif(redis_binary() is None, reason="no redis-server, and the Valkey at hand is made without TLS")
-def test_a_store_behind_tls(tmp_path: Path) -> None:
+async def large_values_come_back(url: str) -> None:
+    """By a connection of their own, which is as secure as the others."""
+    store = Store(url)
+    await store.open()
+    session, _ = await made(store, 1.5, BULK // 4)
+    stored = await store.load(session)
+    assert stored is not None
+    assert set(stored.tensors["w"].tolist()) == {1.5}
+    await store.close()
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_large_values_of_a_store_with_passwords(
+    store: redis.Redis, monkeypatch: pytest.MonkeyPatch, run: Callable[[Any], None]
+) -> None:
+    monkeypatch.delattr(Values, "_usual")
+    run(large_values_come_back(url_of(store)))
+    assert [line for line in store.acl_log() if line["username"] == "ravine"] == []
+
+
+def test_a_store_behind_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     authority = Authority(tmp_path / "tls")
     cert, key = authority.issue("store")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -159,6 +183,10 @@ def test_a_store_behind_tls(tmp_path: Path) -> None:
         trusting = f"{address}?ssl_ca_certs={authority.cert}"
         with serving(tmp_path / "data", "--redis-url", trusting) as server, server.client() as client:
             live_through_everything(client)
+        with monkeypatch.context() as patched:
+            patched.delattr(Values, "_usual")
+            for run in (asyncio.run, uvloop.run):
+                run(large_values_come_back(trusting))
 
         async def open_(url: str) -> None:
             made = Store(url)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from service.embedded import Embedded
 from service.errors import Corrupt, StoreFull, StoreUnavailable
 from service.ids import new_commit, new_id
 from service.index import DEFAULT_TENANT
+from service.reading import BULK
 from service.records import CHUNK, LogItem, Staged
 from service.store import Store
 from service.wire import safetensors
@@ -230,6 +232,40 @@ def test_large_payloads_lie_in_chunks_that_stay(url: str, raw: Raw) -> None:
     assert {raw.ttl(f"ravine:{{{session}}}:{name}") for name in found} == {-1}
 
 
+@pytest.mark.parametrize("chunk", [CHUNK, 4 * CHUNK, 4096, 64 * CHUNK], ids=str)
+def test_the_largest_are_received_where_they_belong(url: str, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """Tensors by what is behind the colon, each in an array of theirs; in chunks of whatever size, or in one."""
+    monkeypatch.setattr("service.records.CHUNK", chunk)
+    random = np.random.default_rng(3)
+    shapes = {"a": (70, 1000), "b": (5,), "c": (), "d": (2 * LARGE,), "e": (0, 3)}
+    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors |= {f"{name}:m": random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    tensors |= {"a:t": np.arange(3.0), "d:q": np.arange(100_000).astype("i1"), ":p": np.arange(100_003.0)}
+    text = {"said": "x" * 100_000}  # with which the header alone is more than a small chunk holds
+
+    async def scenario(store: Store) -> None:
+        session, commit = new_id(), new_commit()
+        fields = {"commit": commit, "step": 0, "time": "t0", "document": b"{}", "held": 1}
+        await store.create(session, "snap0", safetensors.write(tensors, text), fields)
+        item = replace(entry(commit, 1), tensors=tensors)
+        assert await store.append(session, commit, [item]) == "OK"
+        stored = await store.load(session)
+        assert stored is not None
+        assert stored.head.length > BULK
+        assert stored.metadata == text
+        for found in (stored.tensors, stored.entries[0].tensors):
+            assert {name: (a.dtype, a.shape, a.tobytes()) for name, a in found.items()} == {
+                name: (a.dtype, a.shape, a.tobytes()) for name, a in tensors.items()
+            }
+        first = stored.tensors["a"].base
+        if chunk in (CHUNK, 4 * CHUNK):
+            assert isinstance(first, np.ndarray)
+            assert stored.tensors["d"].base is first
+            assert stored.tensors["d:m"].base is not first
+
+    on(url, scenario)
+
+
 def test_chunks_that_expired_on_the_way_are_sent_again(url: str) -> None:
     async def scenario(store: Store) -> None:
         session, commit = await made(store)
@@ -401,21 +437,32 @@ def test_many_at_once(url: str) -> None:
     on(url, scenario)
 
 
+@pytest.mark.parametrize("size", [LARGE, 5 * LARGE])
+@pytest.mark.parametrize("chunk", [0, 1])
 @pytest.mark.parametrize("part", ["p", "s"])
-@pytest.mark.parametrize("harm", ["changed", "cut", "gone"])
-def test_what_is_not_as_it_was_put_is_refused(url: str, raw: Raw, part: str, harm: str) -> None:
+@pytest.mark.parametrize("harm", ["changed", "cut", "grown", "gone", "of another kind", "header"])
+def test_what_is_not_as_it_was_put_is_refused(url: str, raw: Raw, part: str, harm: str, chunk: int, size: int) -> None:
+    if harm == "header" and chunk:
+        pytest.skip("it is in the first chunk")
+
     async def scenario(store: Store) -> None:
-        session, commit = await made(store, 0, LARGE)
-        await appended(store, session, commit, [1], LARGE)
-        name = next(name for name in sorted(keys(raw, session)) if name.startswith(part) and name.endswith(":1"))
+        session, commit = await made(store, 0, size)
+        await appended(store, session, commit, [1], size)
+        name = next(name for name in sorted(keys(raw, session)) if name.startswith(part) and name.endswith(f":{chunk}"))
         name = f"ravine:{{{session}}}:{name}"
         whole = raw.get(name)
         if harm == "changed":
             raw.setrange(name, 100, b"\x01")
+        elif harm == "header":
+            raw.setrange(name, 0, b"\xff" * 5)
         elif harm == "cut":
             raw.set(name, whole[:-1])
+        elif harm == "grown":
+            raw.set(name, whole + b"\0")
         else:
             raw.delete(name)
+            if harm == "of another kind":
+                raw.rpush(name, "a list")
         async with asyncio.timeout(20):
             with pytest.raises(Corrupt):
                 await store.load(session)
