@@ -15,8 +15,8 @@ simulated is what the service is built of (docs/architecture.md, "Commands to th
   `command` for each commit.
 - Nothing else takes time, but `wire` seconds each way between client and process.
 
-Every process and every node has a core for itself. Costs are those of `scale.json`: with a cluster commits go out one
-by one (`together` is False: a pipeline for each commit), and cost what was measured there. What is not in it is
+Every process and every node has a core for itself. Costs are those of `scale.json`; with a cluster a step costs the
+service what it was measured to cost more there, where its turns have a pipeline for each node. What is not in it is
 whatever else a machine does: other processes on the same cores, the collector, the disk, the log rewritten. So p99
 comes out lower than it is measured; by how much, for one process, is printed first.
 
@@ -48,7 +48,7 @@ _SETTLING = 0.1
 
 
 class Costs(NamedTuple):
-    """Seconds. `together`: commits of one turn share a pipeline."""
+    """Seconds. `together`: commits of one turn share a pipeline, as the service sends them; else each has its own."""
 
     turn: float
     request: float
@@ -279,16 +279,14 @@ def costs_of(found: Mapping[str, Any]) -> Costs:
 
 
 def cluster_costs_of(found: Mapping[str, Any]) -> Costs:
-    """The same where the store is a cluster: what a step costs the service beyond one on a store of its own, at as many
-    clients. A command's cost is that of the cluster of one, whose node was the busiest: the fewer commands a node has,
-    the more of its own turns each of them takes, and what matters is how much a full one does.
+    """The same where the store is a cluster, of as many nodes as were measured or more: what a step costs the service
+    beyond one on a store of its own, at as many clients. A node is what a store by itself is.
     """
     single = found["requests"]["points"][-1]
-    sizes = sorted(int(name) for name in found["cluster"] if name.isdigit())
-    fewest, most = (found["cluster"][str(size)] for size in (sizes[0], sizes[-1]))
-    more = max(0.0, most["service µs"] - single["service µs"]) / 1e6
+    most = max((name for name in found["cluster"] if name.isdigit()), key=int)
+    more = max(0.0, found["cluster"][most]["service µs"] - single["service µs"]) / 1e6
     costs = costs_of(found)
-    return costs._replace(request=costs.request + more, pipeline=0.0, command=fewest["store µs"] / 1e6, together=False)
+    return costs._replace(request=costs.request + more)
 
 
 class Compared(NamedTuple):
