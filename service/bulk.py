@@ -141,6 +141,9 @@ async def receive(connection: Connection, names: Sequence[str], room: Room) -> N
     """
     # Neither is public, and there is no other way to the socket of a connection.
     transport: Any = connection._writer.transport  # type: ignore[union-attr]
+    if transport.is_closing():  # nobody would be told of it a second time
+        await connection.disconnect(nowait=True)
+        raise StoreUnavailable("the store does not answer: the connection was closed")
     streams = transport.get_protocol()
     replies = _Replies(transport, names, room)
     transport.set_protocol(replies)

@@ -1,8 +1,11 @@
 """Loading a session: its snapshot, then the entries since, each replayed while the next ones are read.
 
-A log may weigh three times the state, or 1 GiB more than it, and is never in memory as a whole: what is read ahead is
-one batch of entries, of at most AHEAD bytes or a single one. The session is nobody's before its last entry is
-replayed and its head is the one that was looked at, so whatever goes wrong on the way leaves nothing behind.
+A log may weigh three times the state, or 1 GiB more than it. Its payloads are never in memory all together: what is
+read ahead is one batch of entries, of at most AHEAD bytes or a single one. What lies in the log itself comes with the
+head at once: of each entry at most records.INLINE bytes of tensors, and there are no more than snapshots.ENTRIES.
+
+The session is nobody's before its last entry is replayed and its head is the one that was looked at, so whatever goes
+wrong on the way leaves nothing behind.
 
 Whoever writes a snapshot meanwhile cuts the log that is being read. Then all begins anew, once: the second time the
 whole log is read before any of it is replayed, or a session that is slow to replay and stepped on elsewhere would be

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from core.compression import Places, Quantized
 from core.contributions import Contribution
 from core.layout import BF16, Array, Rows
-from service import loading, schemas
+from service import bulk, loading, reading, schemas
+from service.bulk import Room
 from service.cli import cli
 from service.documents import StepRequest
 from service.engine import Engine
@@ -309,6 +310,51 @@ def test_a_store_that_is_killed_while_it_is_read(run: Run, monkeypatch: pytest.M
         assert list(other._live) == []
         await world.embedded.start()
         assert await picture(other, session) == expected
+
+    run(scenario)
+
+
+def test_a_connection_that_breaks_off_in_the_middle_is_begun_anew(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the same arrays, which the first one does not write to any more."""
+    monkeypatch.setattr(bulk, "AHEAD", 1)
+
+    async def scenario(world: World) -> None:
+        engine, other = await world.replica(), await world.replica()
+        session = await opened(engine)
+        await engine.step(session, asked(Contribution(normal(1))), copied)
+        expected = await picture(engine, session)
+        transports: list[Any] = []
+        filled, receive = Room.filled, bulk.receive
+
+        async def noted(connection: Any, *arguments: Any) -> None:
+            transports.append(connection._writer.transport)
+            await receive(connection, *arguments)
+
+        def broken(room: Room, count: int) -> None:
+            filled(room, count)
+            if len(transports) in (1, 3) and room.left < 2 * SIZE:  # of the snapshot, then of the entry
+                transports[-1].abort()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(reading, "receive", noted)
+            patched.setattr(Room, "filled", broken)
+            assert await picture(other, session) == expected
+        assert len(transports) == 4
+
+    run(scenario)
+
+
+def test_a_connection_that_is_closed_before_it_is_used(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for what cannot come."""
+    monkeypatch.setattr(bulk, "SILENCE", 3600.0)
+
+    async def scenario(world: World) -> None:
+        connection = await (await world.replica())._store.link.dial("k")
+        connection._writer.transport.abort()  # type: ignore[union-attr]
+        await asyncio.sleep(0.01)
+        with pytest.raises(StoreUnavailable):
+            await asyncio.wait_for(bulk.receive(connection, ["k"], Room([np.empty(1)])), 20)
+        assert not connection.is_connected
 
     run(scenario)
 
