@@ -139,8 +139,12 @@ async def receive(connection: Connection, names: Sequence[str], room: Room) -> N
 
     Raises CutMeanwhile for one that is not there, Refused, StoreUnavailable.
     """
-    # Neither is public, and there is no other way to the socket of a connection.
-    transport: Any = connection._writer.transport  # type: ignore[union-attr]
+    # It is not public, and there is no other way to the socket of a connection.
+    writer: asyncio.StreamWriter | None = getattr(connection, "_writer", None)
+    if writer is None:  # a redis-py that keeps it elsewhere
+        await connection.disconnect(nowait=True)
+        raise Refused("there is no way to the socket")
+    transport: Any = writer.transport
     if transport.is_closing():  # nobody would be told of it a second time
         await connection.disconnect(nowait=True)
         raise StoreUnavailable("the store does not answer: the connection was closed")
