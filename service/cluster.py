@@ -238,9 +238,12 @@ class ClusterLink:
     async def servers(self) -> str:
         await self.ready()
         nodes = sorted(self.client.get_primaries(), key=lambda node: node.name)
-        replies = await asyncio.gather(*self._ask_each(nodes, "INFO", "server"))
-        told = zip(nodes, replies, strict=True)
-        return " ".join(f"{node.name} {told_apart([reply])}" for node, reply in told)
+        asked = [self._ask_each(nodes, "INFO", part) for part in ("server", "replication")]
+        replies = await asyncio.gather(*asked[0], *asked[1])
+        if any(b"role:slave" in reply for reply in replies):  # to who has no command for it nothing else tells that
+            self.look_again()
+        told = zip(nodes, replies[: len(nodes)], replies[len(nodes) :], strict=True)
+        return " ".join(f"{node.name} {told_apart(parts)}" for node, *parts in told)
 
     def _ask_each(self, nodes: Iterable[ClusterNode], *command: Argument) -> "list[asyncio.Future[Any]]":
         replies: list[asyncio.Future[Any]] = []

@@ -405,6 +405,33 @@ def test_replicas_that_take_over_are_found(tmp_path: Path) -> None:
         on(nodes[1].url, scenario)
 
 
+def test_a_failover_is_noticed_by_who_asks_for_nothing(tmp_path: Path) -> None:
+    """And so is one there and back, after which each node is what it was."""
+    with members(tmp_path, spare=1) as nodes:
+        first, second = nodes[0], nodes[3]
+        replicates(second, first)
+
+        async def scenario(link: ClusterLink) -> None:
+            seen = [await link.servers()]
+            for old, new in ((first, second), (second, first)):
+                eventually(lambda old=old: old.call("WAIT", 1, 100))
+                new.call("CLUSTER", "FAILOVER")
+                eventually(lambda old=old, new=new: is_replica(old) and not is_replica(new))
+                eventually(lambda old=old: old.client.info("replication").get("master_link_status") == "up")
+                seen.append(await settles(lambda new=new: which(link, new)))
+            assert len(set(seen)) == 3
+
+        over(nodes[1].url, scenario)
+
+
+async def which(link: ClusterLink, primary: Member) -> str:
+    """What tells the servers apart, once `primary` is known to be one."""
+    told = await link.servers()
+    if f":{primary.port} " not in told:
+        raise StoreUnavailable("not yet")
+    return told
+
+
 def test_each_node_waits_for_its_own_replicas(tmp_path: Path) -> None:
     with members(tmp_path, spare=1) as nodes:
         replicates(nodes[3], nodes[1])
