@@ -202,6 +202,9 @@ class ClusterLink:
             if not self._silent:
                 log.warning("the cluster does not tell its topology", reason=str(error))
             self._silent = True
+            # redis-py asks the nodes that it was told of last. All may have other addresses by now: the URL's leads on.
+            first = self.client.startup_nodes[0]
+            self.client.nodes_manager.startup_nodes.setdefault(first.name, first)
             return
         self._known, self._silent = True, False
         primaries = {node.name for node in self.client.get_primaries()}

@@ -1,9 +1,11 @@
 """A cluster's nodes have a pipeline each, slots that move are followed, and a node that dies takes nobody along."""
 
 import asyncio
+import contextlib
 import re
 import signal
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -460,6 +462,41 @@ def test_no_cluster_is_the_store_that_is_away(tmp_path: Path) -> None:
             await link.servers()
 
     over(nodes[0].url, scenario)
+
+
+def test_a_cluster_that_comes_back_elsewhere_is_found_by_its_url(tmp_path: Path) -> None:
+    """As where a name leads to whichever nodes there are, and each new one has an address of its own."""
+
+    async def moving(before: list[Member], after: list[Member]) -> None:
+        where = [before[0]]
+        async with await asyncio.start_server(partial(lead, where), "127.0.0.1", 0) as named:
+            link = await ClusterLink.opened(f"redis://127.0.0.1:{named.sockets[0].getsockname()[1]}", NAME)
+            try:
+                names = [name for member in before for name in keys_of(member, before, 1)]
+                await asyncio.gather(*[link.call("SET", name, "before") for name in names])
+                where[0] = after[0]
+                for member in before:
+                    member.kill()
+                for name in names:
+                    assert await settles(lambda name=name: link.call("SET", name, "after")) == b"OK"
+                assert sum(member.call("DBSIZE") for member in after) == len(names)
+            finally:
+                await link.close()
+
+    with members(tmp_path / "before") as before, members(tmp_path / "after") as after:
+        runs(moving(before, after))
+
+
+async def lead(where: list[Member], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    onward = await asyncio.open_connection("127.0.0.1", where[0].port)
+    await asyncio.gather(carry(reader, onward[1]), carry(onward[0], writer))
+
+
+async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while read := await reader.read(65_536):
+            writer.write(read)
+    writer.close()
 
 
 # -- a cluster that asks who it is -------------------------------------------------------------------------------------
