@@ -261,9 +261,12 @@ class ClusterLink:
             self._looking.cancel()
             await asyncio.wait((self._looking,))
         self._send_early()  # a look that never began has answered nobody
-        await asyncio.gather(*[link.close() for link in self._nodes.values()])
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._timeout)
+        closed: set[NodeLink] = set()
+        while links := set(self._nodes.values()) - closed:  # what was under way may be sent on to a new one
+            await asyncio.gather(*[link.close() for link in links])
+            closed |= links
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=self._timeout)
         await self.client.aclose()
 
 

@@ -184,6 +184,25 @@ def test_a_slot_that_was_moved_is_followed(ring: list[Member]) -> None:
     on(ring[0].url, scenario)
 
 
+def test_what_is_sent_on_while_the_link_is_closed_is_answered_and_leaves_no_connection(ring: list[Member]) -> None:
+    (name,) = keys_of(ring[0], ring, 1)
+    slot = key_slot(name.encode())
+
+    async def scenario(link: ClusterLink) -> None:
+        await link.call("SET", name, 0)
+        move(slot, ring[0], ring[2], ring)
+        calls = [link.call("INCR", name) for _ in range(5)]
+        await link.close()
+        assert [call.result() for call in calls] == [1, 2, 3, 4, 5]
+        clients = ring[2].client.client_list
+        await asyncio.to_thread(eventually, lambda: NAME not in [one["name"] for one in clients()])
+
+    try:
+        over(ring[0].url, scenario)
+    finally:
+        move(slot, ring[2], ring[0], ring)
+
+
 def test_many_commands_are_sent_on_together(ring: list[Member]) -> None:
     """All of a turn meet the move, on both kinds of pipeline; each is executed once."""
     (name,) = keys_of(ring[0], ring, 1)
