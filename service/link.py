@@ -374,7 +374,8 @@ async def _confirmed(connection: Connection, batch: _Batch, barrier: Barrier) ->
     missing = barrier.missing([await _received(connection) for _ in barrier.commands])
     if missing is None:
         return replies
-    log.warning("not acknowledged", reason=missing)
+    if not all(isinstance(reply, Exception) for reply in replies):  # after a failover all may belong elsewhere
+        log.warning("not acknowledged", reason=missing)
     return [reply if isinstance(reply, Exception) else Unconfirmed(missing) for reply in replies]
 
 
