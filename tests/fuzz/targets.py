@@ -147,7 +147,7 @@ def _patch(data: bytes) -> None:
 
 def _checkpoint(data: bytes) -> None:
     read, metadata = wire.read(data)
-    live.restored(read, metadata, now(), schemas.document_of, Evaluator())
+    live.told(metadata, now(), schemas.document_of).session(read, Evaluator())
 
 
 def _headers(data: bytes) -> None:
