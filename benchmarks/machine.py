@@ -4,6 +4,7 @@ import platform
 import re
 import shutil
 import subprocess
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,7 +15,7 @@ _PACKAGES = (
     "numpy", "numba", "uvicorn", "uvloop", "httptools", "orjson", "redis", "hiredis", "fastapi", "pydantic",
 )  # fmt: skip
 
-_WRITTEN = ("benchmarks/RESULTS.md", "benchmarks/results.json", "benchmarks/pictures")
+_WRITTEN = ("benchmarks/RESULTS.md", "benchmarks/results.json", "benchmarks/scale.json", "benchmarks/pictures")
 
 
 def describe() -> dict[str, str]:
@@ -29,6 +30,10 @@ def describe() -> dict[str, str]:
         "Client": _wrk(),
         "Proxy": _nginx(),
     }
+
+
+def moment() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def commit() -> str:

@@ -7,11 +7,11 @@ loses what it has not measured yet, and no more. A line is a row, so that a chan
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.core_rows import Case, Worst, worst
+from benchmarks.machine import moment
 from benchmarks.measure import Cell, Comparison, Grid, Held, Idle, NotRun, Result, Round, Row, Sample, grid
 
 Plain = dict[str, Any]
@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
 def record(result: Result, machine: Mapping[str, str], commit: str, before: Record | None) -> Record:
     """What `result` is, as of now; `before` is what was measured of the row until then."""
-    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    when = moment()
     last = None if before is None else before.last if before.ratio is None else before.ratio
     return Record(result, when, commit, dict(machine), last)
 

@@ -70,7 +70,7 @@ def main() -> None:
             except (Unmeasured, OSError, HTTPException, RedisError) as reason:  # the other parts are worth having
                 say(f"  not measured: {type(reason).__name__}: {reason}")
                 continue
-        taken = {"when": about["When"], "commit": about["Commit"], "idle %": idle.idle, "cores": os.cpu_count()}
+        taken = {"when": machine.moment(), "commit": machine.commit(), "idle %": idle.idle, "cores": os.cpu_count()}
         found[name] = figures | {"taken": taken | {"seconds": time.perf_counter() - started}}
         given.to.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     tables = scale_tables.tables(found)
