@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,15 @@ def asked(contribution: Contribution, **members: Any) -> StepRequest:
 async def opened(engine: Engine, *, held: bool = True, **body: Any) -> str:
     document, _ = schemas.parse_create({"optimizer": {"kind": "adam"}, "shapes": SHAPES, **body})
     return str((await engine.create(document, normal(0) if held else None))[0]["id"])
+
+
+async def stepped(world: World, seeds: Iterable[int]) -> tuple[Engine, Engine, str]:
+    """A session with a large entry for each of `seeds`: the replica that has it, one that has not, and its id."""
+    engine, other = await world.replica(), await world.replica()
+    session = await opened(engine)
+    for seed in seeds:
+        await engine.step(session, asked(Contribution(normal(seed))), copied)
+    return engine, other, session
 
 
 async def settled(engine: Engine, session: str) -> None:
@@ -191,10 +200,7 @@ def test_a_log_that_is_cut_while_it_is_read(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(loading, "AHEAD", 1)
 
     async def scenario(world: World) -> None:
-        engine, other = await world.replica(), await world.replica()
-        session = await opened(engine)
-        for number in range(4):
-            await engine.step(session, asked(Contribution(normal(number))), copied)
+        engine, other, session = await stepped(world, range(4))
 
         async def cut(reads: int) -> None:
             if reads in (2, 3, 4)[:cuts]:  # the third entry the first time, all of them then
@@ -215,9 +221,7 @@ def test_a_log_that_is_cut_while_it_is_read(run: Run, monkeypatch: pytest.Monkey
 
 def test_a_snapshot_that_is_replaced_while_it_is_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(world: World) -> None:
-        engine, other = await world.replica(), await world.replica()
-        session = await opened(engine)
-        await engine.step(session, asked(Contribution(normal(1))), copied)
+        engine, other, session = await stepped(world, [1])
         reads, calls = Reader.snapshot, []
 
         async def snapshot(reader: Reader, id_: str, head: Any) -> Any:
@@ -242,10 +246,7 @@ def test_an_entry_in_the_middle_that_cannot_be_read_leaves_nothing_loaded(
     monkeypatch.setattr(loading, "AHEAD", 1)
 
     async def scenario(world: World) -> None:
-        engine, other = await world.replica(), await world.replica()
-        session = await opened(engine)
-        for number in range(4):
-            await engine.step(session, asked(Contribution(normal(number))), copied)
+        engine, other, session = await stepped(world, range(4))
         name = key(session, "p", engine._live[session].log[2].commit, 2)
         whole = await world.raw.get(name)
         if harm == "changed":
@@ -269,10 +270,7 @@ def test_an_entry_that_does_not_follow_leaves_nothing_loaded(run: Run, monkeypat
     monkeypatch.setattr(loading, "AHEAD", 1)
 
     async def scenario(world: World) -> None:
-        engine, other = await world.replica(), await world.replica()
-        session = await opened(engine)
-        for number in range(4):
-            await engine.step(session, asked(Contribution(normal(number))), copied)
+        engine, other, session = await stepped(world, range(4))
         elements = await world.raw.lrange(key(session, "log"), 0, -1)
         await world.raw.lset(key(session, "log"), 1, elements[2])
         with pytest.raises(Corrupt, match="does not follow"):
@@ -293,10 +291,7 @@ def test_a_store_that_is_killed_while_it_is_read(run: Run, monkeypatch: pytest.M
     monkeypatch.setattr(loading, "AHEAD", 1)
 
     async def scenario(world: World) -> None:
-        engine, other = await world.replica(), await world.replica()
-        session = await opened(engine)
-        for number in range(3):
-            await engine.step(session, asked(Contribution(normal(number))), copied)
+        engine, other, session = await stepped(world, range(3))
         expected = await picture(engine, session)
 
         async def kill(reads: int) -> None:
@@ -319,9 +314,7 @@ def test_a_connection_that_breaks_off_in_the_middle_is_begun_anew(run: Run, monk
     monkeypatch.setattr(bulk, "AHEAD", 1)
 
     async def scenario(world: World) -> None:
-        engine, other = await world.replica(), await world.replica()
-        session = await opened(engine)
-        await engine.step(session, asked(Contribution(normal(1))), copied)
+        engine, other, session = await stepped(world, [1])
         expected = await picture(engine, session)
         transports: list[Any] = []
         filled, receive = Room.filled, bulk.receive
